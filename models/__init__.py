@@ -1,0 +1,1 @@
+"""Architectures, data and training: everything up to a checkpoint."""

@@ -1,0 +1,81 @@
+"""Turns pydantic's findings about a recipe into one sentence."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from models.errors import RecipeError
+from models.recipe_yaml import Override
+
+
+def explain(
+    error: ValidationError, *, source: str, overrides: Sequence[Override], valid_keys: Sequence[str]
+) -> RecipeError:
+    """Describes the finding that most likely caused the others.
+
+    Args:
+        error: what pydantic found.
+        source: the recipe's file.
+        overrides: what was set on the command line; blamed when it set the key.
+        valid_keys: every dotted key a recipe may hold.
+    """
+    findings = error.errors(include_url=False)
+    # A misspelt key also makes the right one missing: report the misspelling.
+    finding = min(findings, key=lambda found: found["type"] != "extra_forbidden")
+    key = _dotted(finding["loc"])
+    place = _blame(key, source, overrides)
+    if finding["type"] == "extra_forbidden":
+        return RecipeError(f"There is no key {key} in a recipe ({place}); {_suggest(key, valid_keys)}")
+    if finding["type"] == "missing":
+        return RecipeError(f"The recipe {source} has no {key}; add it, or set it with -s {key}=VALUE.")
+    if finding["type"] == "invalid_key":
+        return RecipeError(f"The recipe {source} has the key {finding['input']!r}; keys must be text.")
+    return RecipeError(f"{key} is {_shown(finding['input'])} in {place}; it must {_expected(finding)}.")
+
+
+def _expected(finding: ErrorDetails) -> str:
+    """What pydantic wants, in words that follow "it must"."""
+    message = finding["msg"]
+    in_yaml_terms = {
+        "model_type": "be a section with keys of its own",
+        "tuple_type": "be a list",
+        "too_short": "hold at least one item",
+        "string_pattern_mismatch": "start with a letter or digit and hold only letters, digits, '.', '_' and '-'",
+    }
+    return in_yaml_terms.get(finding["type"], message.removeprefix("Input should "))
+
+
+def _dotted(location: Sequence[int | str]) -> str:
+    """("model", "widths", 1) -> "model.widths[1]"."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def _blame(key: str, source: str, overrides: Sequence[Override]) -> str:
+    for override in reversed(overrides):
+        if key == override.key or key.startswith((f"{override.key}.", f"{override.key}[")):
+            return f"-s {override.text}"
+    return source
+
+
+def _suggest(key: str, valid_keys: Sequence[str]) -> str:
+    """Nearest key in the same section, else the nearest anywhere, else the section's keys."""
+    section, _, leaf = key.rpartition(".")
+    siblings = {valid.rpartition(".")[2]: valid for valid in valid_keys if valid.rpartition(".")[0] == section}
+    anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(valid_keys)}
+    for candidates in (siblings, anywhere):
+        close = difflib.get_close_matches(leaf, candidates, n=1)
+        if close:
+            return f"did you mean {candidates[close[0]]}?"
+    return f"valid keys are {', '.join(siblings.values() or valid_keys)}."
+
+
+def _shown(value: Any) -> str:
+    """A value short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
