@@ -1,0 +1,47 @@
+"""Classification answers: from logits to labels and probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from handlers.errors import InferenceError
+
+TOP_K = 5
+
+
+class Classifier:
+    """Turns one sample's logits into its answer.
+
+    Args:
+        labels: Class names in the order of the logits.
+        top_k: How many classes an answer lists, the likeliest first.
+    """
+
+    def __init__(self, labels: tuple[str, ...], *, top_k: int = TOP_K) -> None:
+        self._labels = labels
+        self._top_k = min(top_k, len(labels))
+
+    def answer(self, logits: NDArray[np.float32]) -> dict[str, Any]:
+        """Build one answer.
+
+        Args:
+            logits: Shape ``[classes]``.
+
+        Returns:
+            ``label`` and ``probability`` of the likeliest class, and ``top_k``, a list of both.
+
+        Raises:
+            InferenceError: If the model gave NaN or infinity, which JSON cannot carry and nobody should trust.
+        """
+        if not np.isfinite(logits).all():
+            raise InferenceError("model_output_not_finite", "The model's output holds NaN or infinite values.")
+        # Softmax in float64, shifted by the maximum: exp cannot overflow.
+        weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+        probabilities = weights / weights.sum()
+        # A stable sort breaks ties by class order, so the same logits always give the same answer.
+        order = np.argsort(-logits, kind="stable")[: self._top_k]
+        top = [{"label": self._labels[i], "probability": round(float(probabilities[i]), 6)} for i in order]
+        return {**top[0], "top_k": top}

@@ -1,0 +1,92 @@
+"""Errors of the handlers.
+
+HandlerError
+├── SignatureError            a signature, golden or digest document breaks its schema
+├── LoadError                 a worker must not become ready (also a RuntimeError: TorchServe reports those)
+│   ├── DigestError           a file of the archive is missing, changed or unexpected
+│   ├── BackendError          the artifact does not load on the device and runtime at hand
+│   └── GoldenError           the loaded model does not repeat its golden answers
+└── RequestError              one request gets an error answer; its neighbours in the batch do not
+    ├── MalformedError        400  the body cannot be read as what it claims to be
+    ├── TooLargeError         413  more bytes, pixels or samples than the limits allow
+    ├── UnsupportedTypeError  415  a content type or file format that the model does not take
+    ├── OutOfRangeError       422  readable, but outside the signature
+    └── InferenceError        500  the model failed on a valid sample: our own defect
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HandlerError(Exception):
+    """Base of all errors raised by handlers."""
+
+    user_facing = True
+
+
+class SignatureError(HandlerError):
+    """A document in an archive, or one meant for an archive, breaks its schema."""
+
+
+class LoadError(HandlerError, RuntimeError):
+    """The worker must not become ready."""
+
+
+class DigestError(LoadError):
+    """A file differs from the digest recorded for it."""
+
+
+class BackendError(LoadError):
+    """The artifact cannot run here."""
+
+
+class GoldenError(LoadError):
+    """The model answers its golden samples differently from when it was exported."""
+
+
+class RequestError(HandlerError):
+    """One request, or one sample of it, cannot be answered.
+
+    Args:
+        code: Stable machine-readable word, such as ``malformed_json``.
+        message: One sentence for the person who sent the request. It never quotes the request's contents
+            at length.
+    """
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class MalformedError(RequestError):
+    """The body cannot be read as what it claims to be."""
+
+    status = 400
+
+
+class TooLargeError(RequestError):
+    """The request holds more than the limits allow."""
+
+    status = 413
+
+
+class UnsupportedTypeError(RequestError):
+    """The content type or file format is not one that the model takes."""
+
+    status = 415
+
+
+class OutOfRangeError(RequestError):
+    """The request is readable, but outside the model's signature."""
+
+    status = 422
+
+
+class InferenceError(RequestError):
+    """The model failed on a valid sample."""
+
+    status = 500

@@ -1,0 +1,137 @@
+"""Images: from payloads to normalised input tensors."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError
+from handlers.request import EncodedImage, Payload, PixelArray, too_many_samples
+from handlers.signature import ImagePreprocessing
+
+FloatArray = NDArray[np.float32]
+
+# 16-bit and float images have no agreed full scale, and Pillow's conversion to 8 bits clips them silently.
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_FULL_SCALE = 255.0
+
+
+class ImageDecoder:
+    """Turns payloads into arrays of shape ``[samples, channels, height, width]``, float32, normalised.
+
+    Args:
+        preprocessing: Colour mode, size and normalisation.
+        max_samples: More samples than this in one pixel array are refused.
+    """
+
+    def __init__(self, preprocessing: ImagePreprocessing, *, max_samples: int) -> None:
+        self._spec = preprocessing
+        self._max_samples = max_samples
+        per_channel = (preprocessing.channels, 1, 1)
+        self._mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(per_channel)
+        self._std = np.asarray(preprocessing.std, dtype=np.float32).reshape(per_channel)
+
+    def decode(self, payload: Payload) -> tuple[FloatArray, bool]:
+        """Decode one payload.
+
+        Returns:
+            The samples, and whether the client sent them as a list.
+
+        Raises:
+            RequestError: If the payload is broken, or outside the signature.
+        """
+        if isinstance(payload, EncodedImage):
+            return self._normalise(self._open(payload.data)[np.newaxis]), False
+        pixels, many = self._pixels(payload)
+        return self._normalise(pixels), many
+
+    def _normalise(self, pixels: NDArray[np.generic]) -> FloatArray:
+        """``[samples, height, width, channels]`` in 0..255 to normalised ``[samples, channels, height, width]``."""
+        channels_first = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+        normalised: FloatArray = (channels_first / np.float32(_FULL_SCALE) - self._mean) / self._std
+        return normalised
+
+    def _open(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode a PNG or JPEG file to ``[height, width, channels]``, resized to the model's size."""
+        spec = self._spec
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+                # Known from the header alone: refuse bombs before a pixel is decoded.
+                if image.width * image.height > spec.max_pixels:
+                    raise self._too_many_pixels(f"{image.width} x {image.height} pixels")
+                if image.mode not in _EIGHT_BIT_MODES:
+                    raise OutOfRangeError(
+                        "unsupported_image_mode",
+                        f"Images of mode {image.mode} are not accepted; send 8 bits a channel.",
+                    )
+                upright = ImageOps.exif_transpose(image)
+                # Transparency is dropped, whatever form it has; Pillow would warn of some.
+                upright.info.pop("transparency", None)
+                upright = upright.convert(spec.mode)
+                if upright.size != (spec.width, spec.height):
+                    upright = upright.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+                pixels = np.asarray(upright, dtype=np.uint8)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise self._too_many_pixels("too many pixels to count on") from error
+        except UnidentifiedImageError as error:
+            raise UnsupportedTypeError("unsupported_image", "The bytes are not a PNG or JPEG image.") from error
+        except (OutOfRangeError, TooLargeError):
+            raise
+        except Exception as error:
+            # Pillow's decoders raise a dozen unrelated types on broken files, and none of them is our defect.
+            raise MalformedError("broken_image", f"The image cannot be decoded ({type(error).__name__}).") from error
+        return pixels.reshape(spec.height, spec.width, spec.channels)
+
+    def _too_many_pixels(self, has: str) -> TooLargeError:
+        return TooLargeError(
+            "image_too_large", f"The image has {has}; the limit is {self._spec.max_pixels} pixels in all."
+        )
+
+    def _pixels(self, payload: PixelArray) -> tuple[NDArray[np.float32], bool]:
+        """Check nested lists and shape them as ``[samples, height, width, channels]``."""
+        spec = self._spec
+        one = (spec.height, spec.width)
+        shapes = (
+            f"[{spec.height}, {spec.width}]"
+            if spec.channels == 1
+            else f"[{spec.height}, {spec.width}, {spec.channels}]"
+        )
+        # As objects first: NumPy would make numbers of booleans, and pad every string to the longest one, which lets
+        # a request of a few megabytes ask for terabytes.
+        array = np.asarray(payload.value, dtype=object)
+        types = set(map(type, array.ravel()))
+        if list in types:
+            raise MalformedError("ragged_array", f"The pixel array must be rectangular, of shape {shapes}.")
+        if not types <= {int, float}:
+            raise MalformedError(
+                "not_numbers", f"The pixel array must hold only numbers, in nested lists of shape {shapes}."
+            )
+        sample_shapes = [(*one, spec.channels)] + ([one] if spec.channels == 1 else [])
+        many = False
+        if array.shape in sample_shapes:
+            array = array[np.newaxis]
+        elif payload.batched and array.shape[1:] in sample_shapes and len(array):
+            many = True
+        else:
+            raise OutOfRangeError(
+                "wrong_shape",
+                f"The pixel array has the shape {list(array.shape)}; one sample must be {shapes}.",
+            )
+        if len(array) > self._max_samples:
+            raise too_many_samples(len(array), self._max_samples)
+        try:
+            values = array.astype(np.float64)
+        except OverflowError as error:
+            raise _out_of_range() from error
+        if not np.isfinite(values).all():
+            raise OutOfRangeError("not_finite", "The pixel array holds NaN or infinite values.")
+        if values.min() < 0 or values.max() > _FULL_SCALE:
+            raise _out_of_range()
+        return values.astype(np.float32).reshape(len(array), *one, spec.channels), many
+
+
+def _out_of_range() -> OutOfRangeError:
+    return OutOfRangeError("out_of_range", f"Pixel values must lie between 0 and {_FULL_SCALE:.0f}.")

@@ -1,0 +1,210 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from handlers.errors import BackendError, GoldenError, LoadError, MalformedError
+from handlers.model import MAX_SAMPLES_PER_REQUEST, ServedModel
+from handlers.request import Part
+
+BAD = [Part(value=b"not an image", content_type="image/png")]
+LABELS = ("dark", "mid", "bright")
+
+
+def json_request(*levels, key="inputs"):
+    """Several samples in one request, each a grey level."""
+    document = {key: [np.full((8, 8), level).tolist() for level in levels]}
+    return [Part(value=json.dumps(document).encode(), content_type="application/json")]
+
+
+@pytest.fixture
+def model(served_signature, brightness_backend):
+    return ServedModel(served_signature, brightness_backend, max_batch=4, identity={"model": "m", "version": "2"})
+
+
+def test_an_answer_carries_label_top_k_and_identity(model, png_request):
+    (answer,) = model.answer([png_request("bright")])
+    assert answer.error is None
+    assert answer.body["label"] == "bright"
+    assert len(answer.body["top_k"]) == 3
+    assert (answer.body["model"], answer.body["version"]) == ("m", "2")
+    assert answer.outputs[0].shape == (3,)
+
+
+def test_answers_keep_the_order_of_the_requests(model, png_request):
+    order = ["bright", "dark", "mid", "mid", "dark", "bright", "dark"]
+    answers = model.answer([png_request(label) for label in order])
+    assert [answer.body["label"] for answer in answers] == order
+
+
+def test_a_bad_request_hurts_only_itself(model, png_request):
+    answers = model.answer([png_request("dark"), BAD, png_request("bright"), [], png_request("mid")])
+    assert [answer.body.get("label") for answer in answers] == ["dark", None, "bright", None, "mid"]
+    assert answers[1].body == {"error": {"code": "unsupported_image", "message": answers[1].error.message}}
+    assert answers[3].error.code == "empty_request"
+
+
+def test_only_bad_requests_never_reach_the_backend(model, brightness_backend):
+    model.answer([BAD, BAD])
+    assert brightness_backend.batch_sizes == []
+
+
+def test_no_requests_have_no_answers(model):
+    assert model.answer([]) == []
+
+
+def test_more_than_the_largest_batch_runs_in_pieces(model, brightness_backend, png_request):
+    model.answer([png_request("dark")] * 10)
+    assert brightness_backend.batch_sizes == [4, 4, 2]
+
+
+def test_several_samples_in_one_request_are_a_list_in_order(model, png_request):
+    many, one = model.answer([json_request(0, 255, 128), png_request("mid")])
+    assert [item["label"] for item in many.body["predictions"]] == ["dark", "bright", "mid"]
+    assert (many.body["model"], len(many.outputs)) == ("m", 3)
+    assert one.body["label"] == "mid"
+
+
+def test_kserve_answers_a_list_for_one_instance(model):
+    (answer,) = model.answer([json_request(0, key="instances")])
+    assert [item["label"] for item in answer.body["predictions"]] == ["dark"]
+
+
+def test_multipart_fields_are_answered_in_order(model, png_request):
+    (answer,) = model.answer([png_request("bright") + png_request("dark")])
+    assert [item["label"] for item in answer.body["predictions"]] == ["bright", "dark"]
+
+
+def test_too_many_samples_are_refused(model):
+    (answer,) = model.answer([json_request(*[0] * (MAX_SAMPLES_PER_REQUEST + 1))])
+    assert (answer.error.status, answer.error.code) == (413, "too_many_samples")
+
+
+def fails_on_bright(sample):
+    if sample.mean() > 1:
+        raise RuntimeError("cannot compute this one")
+    return np.array([1.0, 0, 0])
+
+
+def test_a_sample_that_the_backend_fails_on_is_lost_alone(served_signature, fake_backend, png_request):
+    model = ServedModel(served_signature, fake_backend(fails_on_bright), max_batch=8)
+    answers = model.answer([png_request(label) for label in ("dark", "dark", "bright", "dark", "dark")])
+    assert [answer.error is None for answer in answers] == [True, True, False, True, True]
+    assert (answers[2].error.status, answers[2].error.code) == (500, "inference_failed")
+    assert "cannot compute" in str(answers[2].error.__cause__)
+    assert "cannot compute" not in json.dumps(answers[2].body)
+
+
+def test_a_request_fails_whole_when_one_of_its_samples_fails(served_signature, fake_backend, png_request):
+    model = ServedModel(served_signature, fake_backend(fails_on_bright))
+    answers = model.answer([json_request(0, 255), png_request("dark")])
+    assert [answer.error is None for answer in answers] == [False, True]
+
+
+def test_an_output_that_is_not_finite_fails_alone(served_signature, fake_backend, png_request):
+    backend = fake_backend(lambda sample: np.array([np.nan if sample.mean() > 1 else 1.0, 0, 0]))
+    answers = ServedModel(served_signature, backend).answer([png_request("bright"), png_request("dark")])
+    assert answers[0].error.code == "model_output_not_finite"
+    assert answers[1].body["label"] == "dark"
+
+
+class DropsRows:
+    """A model that merges samples when it gets several."""
+
+    device = "cpu"
+
+    def run(self, batch):
+        return np.tile(np.float32([[1, 0, 0]]), (1, 1))
+
+
+def test_rows_that_do_not_match_the_batch_never_reach_other_requests(served_signature, png_request):
+    answers = ServedModel(served_signature, DropsRows()).answer([png_request("dark")] * 4)
+    assert [answer.body["label"] for answer in answers] == ["dark"] * 4
+
+
+def test_decode_gives_the_input_tensor_or_raises(model, png_request):
+    assert model.decode(png_request("dark")).shape == (1, 1, 8, 8)
+    with pytest.raises(MalformedError):
+        model.decode([])
+
+
+class TestWarmUp:
+    def test_every_power_of_two_and_the_largest_batch_run_twice(self, served_signature, brightness_backend):
+        ServedModel(served_signature, brightness_backend, max_batch=6).warm_up()
+        assert brightness_backend.batch_sizes == [1, 1, 2, 2, 4, 4, 6, 6]
+
+    def test_a_model_that_fails_is_refused(self, served_signature, fake_backend):
+        def fail(sample):
+            raise ValueError("broken")
+
+        with pytest.raises(BackendError, match="fails on a batch of 1 zeros: broken"):
+            ServedModel(served_signature, fake_backend(fail)).warm_up()
+
+    def test_another_shape_than_the_signature_says_is_refused(self, served_signature, fake_backend):
+        with pytest.raises(BackendError, match=r"gives the shape \(1, 2\).*the signature says \(1, 3\)"):
+            ServedModel(served_signature, fake_backend(lambda sample: np.zeros(2))).warm_up()
+
+    def test_a_batch_size_that_was_baked_in_is_refused(self, served_signature):
+        with pytest.raises(BackendError, match=r"gives the shape \(1, 3\) for a batch of 2"):
+            ServedModel(served_signature, DropsRows()).warm_up()
+
+
+class TestLoadAndReplay:
+    @pytest.fixture
+    def folder(self, extracted, tmp_path):
+        return shutil.copytree(extracted, tmp_path / "archive")
+
+    def test_an_archive_repeats_its_golden_answers(self, extracted):
+        model = ServedModel.load(extracted, threads=1)
+        model.warm_up()
+        assert model.replay(extracted) < 1e-4
+
+    def change(self, folder, change):
+        path = folder / "golden/expected.json"
+        document = json.loads(path.read_text())
+        change(document["samples"])
+        path.write_text(json.dumps(document))
+
+    def test_another_golden_output_is_refused(self, folder):
+        def change(samples):
+            samples[1]["outputs"]["logits"][0] += 0.1
+
+        self.change(folder, change)
+        with pytest.raises(GoldenError, match=r"differs from the checkpoint's by up to 0\.1"):
+            ServedModel.load(folder, threads=1).replay(folder)
+
+    def test_another_golden_label_is_refused(self, folder):
+        self.change(folder, lambda samples: samples[0].update(label="other"))
+        with pytest.raises(GoldenError, match="'other'"):
+            ServedModel.load(folder, threads=1).replay(folder)
+
+    def test_a_golden_file_that_is_missing_is_refused(self, folder):
+        (folder / "golden/000.png").unlink()
+        with pytest.raises(GoldenError, match=r"golden/000\.png cannot be read"):
+            ServedModel.load(folder, threads=1).replay(folder)
+
+    def test_a_golden_file_that_is_no_image_is_refused(self, folder):
+        (folder / "golden/000.png").write_bytes(b"no image")
+        with pytest.raises(GoldenError, match=r"golden/000\.png is refused"):
+            ServedModel.load(folder, threads=1).replay(folder)
+
+    def test_a_golden_file_with_several_samples_is_refused(self, folder):
+        (part,) = json_request(0, 255)
+        (folder / "golden/000.png").write_bytes(part.value)
+        self.change(folder, lambda samples: samples[0].update(content_type="application/json"))
+        with pytest.raises(GoldenError, match="holds 2 samples"):
+            ServedModel.load(folder, threads=1).replay(folder)
+
+    @pytest.mark.parametrize("content", [None, b"{", b"{}", b"\xff"])
+    def test_a_broken_signature_is_refused(self, folder, content):
+        (folder / "signature.json").unlink()
+        if content is not None:
+            (folder / "signature.json").write_bytes(content)
+        with pytest.raises(LoadError, match=r"signature\.json cannot be used"):
+            ServedModel.load(folder, threads=1)
+
+    def test_a_signature_without_an_artifact_is_refused(self, folder, signature):
+        (folder / "signature.json").write_text(json.dumps(signature.to_document()))
+        with pytest.raises(BackendError, match="names no artifact; export the model first"):
+            ServedModel.load(folder, threads=1)

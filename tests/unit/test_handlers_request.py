@@ -1,0 +1,171 @@
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlers import request as request_module
+from handlers.errors import RequestError
+from handlers.request import EncodedImage, ParsedRequest, Part, PixelArray, parse_request
+
+PNG = b"\x89PNG\r\n\x1a\n rest"
+JPEG = b"\xff\xd8\xff rest"
+B64 = base64.b64encode(PNG).decode()
+
+
+def parse(*parts, max_samples=4):
+    return parse_request([Part(value=value, content_type=kind) for value, kind in parts], max_samples=max_samples)
+
+
+def json_part(document):
+    return json.dumps(document).encode(), "application/json"
+
+
+def status_of(*parts):
+    """The HTTP status that a request would get; anything but a RequestError goes through."""
+    try:
+        parse(*parts)
+    except RequestError as error:
+        return error.status
+    return 200
+
+
+def one(payload):
+    return ParsedRequest(payloads=(payload,), many=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (PNG, "image/png"),
+        (JPEG, "image/jpeg"),
+        (JPEG, "image/jpg"),
+        (b"no magic, but declared", "image/png"),
+        (PNG, ""),
+        (JPEG, "application/octet-stream"),
+        (PNG, "application/x-www-form-urlencoded"),
+        (bytearray(PNG), "image/png"),
+    ],
+)
+def test_an_image_body_is_one_sample(value, kind):
+    assert parse((value, kind)) == one(EncodedImage(data=bytes(value)))
+
+
+@pytest.mark.parametrize("kind", ["application/json", "", "application/octet-stream"])
+def test_inputs_is_one_array_that_may_be_a_batch(kind):
+    assert parse((b' {"inputs": [[1, 2]]}', kind)) == one(PixelArray(value=[[1, 2]], batched=True))
+
+
+def test_inputs_takes_an_encoded_image():
+    assert parse(json_part({"inputs": {"b64": B64}})) == one(EncodedImage(data=PNG))
+
+
+def test_instances_are_single_samples_answered_as_a_list():
+    parsed = parse(json_part({"instances": [[[1]], {"b64": B64}]}))
+    assert parsed.many
+    assert parsed.payloads == (PixelArray(value=[[1]], batched=False), EncodedImage(data=PNG))
+
+
+def test_one_instance_is_answered_as_a_list_too():
+    assert parse(json_part({"instances": [[[1]]]})).many
+
+
+def test_json_that_torchserve_has_parsed_already_is_taken_as_it_is():
+    assert parse(({"inputs": [1]}, "application/json")) == one(PixelArray(value=[1], batched=True))
+
+
+def test_multipart_is_one_image_a_field_in_order():
+    parsed = parse((PNG, "image/png"), (JPEG, ""), (b"declared", "image/jpeg"))
+    assert parsed.many
+    assert [payload.data for payload in parsed.payloads] == [PNG, JPEG, b"declared"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ([], 400, "empty_request"),
+        ([(b"", "image/png")], 400, "empty_request"),
+        ([(b"", "")], 400, "empty_request"),
+        ([(b"{", "application/json")], 400, "malformed_json"),
+        ([(b"[" * 100_000, "application/json")], 400, "malformed_json"),
+        ([(b'{"inputs": ' + b"9" * 5000 + b"}", "application/json")], 400, "malformed_json"),
+        ([(b'{"inputs": "\xff"}', "application/json")], 400, "not_utf8"),
+        ([(b"[1]", "application/json")], 400, "wrong_body"),
+        ([(b"null", "application/json")], 400, "wrong_body"),
+        ([("text", "application/json")], 400, "wrong_body"),
+        ([json_part({"instances": 1})], 400, "wrong_body"),
+        ([json_part({"instances": {"b64": B64}})], 400, "wrong_body"),
+        ([json_part({})], 400, "wrong_key"),
+        ([json_part({"input": [1]})], 400, "wrong_key"),
+        ([json_part({"inputs": [1], "instances": [1]})], 400, "wrong_key"),
+        ([json_part({"inputs": {"b65": B64}})], 400, "wrong_key"),
+        ([json_part({"inputs": {"b64": B64, "x": 1}})], 400, "wrong_key"),
+        ([json_part({"inputs": {"b64": 5}})], 400, "wrong_key"),
+        ([json_part({"instances": [{}]})], 400, "wrong_key"),
+        ([json_part({"inputs": {"b64": "!!!"}})], 400, "malformed_base64"),
+        ([json_part({"inputs": {"b64": "é"}})], 400, "malformed_base64"),
+        ([json_part({"instances": []})], 422, "no_samples"),
+        ([json_part({"instances": [1] * 5})], 413, "too_many_samples"),
+        ([(PNG, "image/png")] * 5, 413, "too_many_samples"),
+        ([(b"GIF89a", "image/gif")], 415, "unsupported_type"),
+        ([(PNG, "text/plain")], 415, "unsupported_type"),
+        ([(b"hello", "")], 415, "unsupported_type"),
+        ([(PNG, "image/png"), (b'{"inputs": [1]}', "application/json")], 415, "unsupported_type"),
+        ([(PNG, "image/png"), ({"inputs": [1]}, "application/json")], 415, "unsupported_type"),
+    ],
+)
+def test_a_bad_request_gets_its_own_status_and_code(parts, status, code):
+    with pytest.raises(RequestError) as caught:
+        parse(*parts)
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_all_fields_together_have_a_limit(parts, monkeypatch):
+    monkeypatch.setattr(request_module, "MAX_REQUEST_BYTES", parts * len(PNG) - 1)
+    with pytest.raises(RequestError, match=f"has {parts * len(PNG)} bytes; the limit is") as caught:
+        parse(*[(PNG, "image/png")] * parts)
+    assert (caught.value.status, caught.value.code) == (413, "request_too_large")
+
+
+def test_a_body_at_the_limit_is_taken(monkeypatch):
+    monkeypatch.setattr(request_module, "MAX_REQUEST_BYTES", len(PNG))
+    assert parse((PNG, "image/png"))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(b"x", "x\n\u2028" * 1000)],
+        [json_part({"k\n\u2028" * 1000: 1})],
+        [json_part({f"key{i}": 1 for i in range(99)})],
+    ],
+)
+def test_a_message_quotes_little_of_the_request_and_only_ascii(parts):
+    with pytest.raises(RequestError) as caught:
+        parse(*parts)
+    message = caught.value.message
+    assert message.isascii()
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [([1], "a list"), ("x", "a string"), (True, "a boolean"), (1, "a number"), (1.5, "a number"), (None, "null")],
+)
+def test_a_wrong_body_is_called_by_its_json_name(value, kind):
+    with pytest.raises(RequestError, match=f"not {kind}"):
+        parse(json_part(value))
+
+
+@given(st.lists(st.tuples(st.binary(max_size=40), st.sampled_from(["", "image/png", "application/json", "a/b"]))))
+def test_random_requests_are_parsed_or_refused(parts):
+    assert 200 <= status_of(*parts) < 500
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_random_json_is_parsed_or_refused(value):
+    for document in (value, {"inputs": value}, {"instances": value}):
+        assert 200 <= status_of((document, "application/json")) < 500
