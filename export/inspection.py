@@ -1,0 +1,105 @@
+"""Inspection: what an archive says of itself, and whether it is still true on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from export.archive import CONFIG_FILE, Archive, open_archive
+from export.errors import ArchiveError
+from export.provenance import PROVENANCE_FILE
+from handlers.digests import file_sha256
+from handlers.errors import LoadError, SignatureError
+from handlers.golden import GOLDEN_FILE
+from handlers.model import SIGNATURE_FILE, ServedModel
+from handlers.signature import Signature
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """What is known of an archive whose digests are right.
+
+    Attributes:
+        archive: The archive.
+        sha256: Digest of the whole file.
+        signature: What the model takes and gives.
+        provenance: Where it comes from.
+        config: Its TorchServe settings.
+        golden_samples: How many golden samples it holds.
+        golden_difference: Largest difference of a replayed golden output from the checkpoint's; None if not replayed.
+    """
+
+    archive: Archive
+    sha256: str
+    signature: Signature
+    provenance: dict[str, Any]
+    config: dict[str, Any]
+    golden_samples: int
+    golden_difference: float | None
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "archive": str(self.archive.path),
+            "name": self.archive.name,
+            "version": self.archive.version,
+            "sha256": self.sha256,
+            "signature": self.signature.to_document(),
+            "provenance": self.provenance,
+            "config": self.config,
+            "digests": self.archive.digests,
+            "golden_samples": self.golden_samples,
+            "golden_difference": self.golden_difference,
+        }
+
+
+def inspect_archive(path: Path, *, verify: bool = False) -> Inspection:
+    """Open an archive, verify its digests and read its documents.
+
+    Args:
+        path: The ``.mar`` file.
+        verify: Also load the model in this process and replay the golden samples.
+
+    Raises:
+        ArchiveError: If the archive is damaged, incomplete, or no longer gives its golden answers.
+    """
+    archive = open_archive(path)
+    try:
+        signature = Signature.from_document(archive.read_json(SIGNATURE_FILE))
+        golden_samples = len(archive.read_json(GOLDEN_FILE)["samples"])
+        provenance = archive.read_json(PROVENANCE_FILE)
+        config = yaml.safe_load(archive.read(CONFIG_FILE))
+    except (KeyError, ValueError, TypeError, yaml.YAMLError, SignatureError) as error:
+        raise ArchiveError(f"{path} is not a whole torchport archive: {error}") from error
+    return Inspection(
+        archive=archive,
+        sha256=file_sha256(path),
+        signature=signature,
+        provenance=provenance,
+        config=config,
+        golden_samples=golden_samples,
+        golden_difference=replay_golden(archive) if verify else None,
+    )
+
+
+def replay_golden(archive: Archive) -> float:
+    """Load an archive's model in this process and replay its golden samples.
+
+    Returns:
+        The largest absolute difference of an output from the checkpoint's.
+
+    Raises:
+        ArchiveError: If the model does not load or answers differently.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchport-inspect-") as folder:
+        archive.extract(Path(folder))
+        try:
+            model = ServedModel.load(Path(folder), threads=1)
+            model.warm_up()
+            return model.replay(Path(folder))
+        except LoadError as error:
+            raise ArchiveError(f"{archive.path} does not give its golden answers here: {error}") from error
