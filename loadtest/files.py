@@ -1,0 +1,18 @@
+"""Files that are either whole or not there."""
+
+import os
+from pathlib import Path
+
+from boltons.fileutils import atomic_save
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file beside its final path, then renames it over whatever was there.
+
+    Args:
+        path: The final path; its folder must exist.
+        content: All of the file.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with atomic_save(str(path), part_file=str(part), overwrite=True, rm_part_on_exc=True) as opened:
+        opened.write(content)
