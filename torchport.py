@@ -1,0 +1,132 @@
+"""The command line of torchport.
+
+Every command is a plain function in its package's ``cli`` module, which returns a JSON-serialisable mapping. This
+module registers them and gives them all the same boundary: ``--json``, ``--debug``, errors and exit codes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+import deploy.cli
+import export.cli
+import loadtest.cli
+import models.cli
+
+EXIT_FAILED = 1
+EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h: our fault, not the user's
+EXIT_INTERRUPTED = 130
+
+CommandFunction = Callable[..., dict[str, Any]]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on the last line.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# In the order in which a newcomer meets them. The cli modules import their heavy parts when they run.
+COMMANDS: tuple[tuple[str, CommandFunction], ...] = (
+    ("demo", deploy.cli.demo),
+    ("doctor", deploy.cli.doctor),
+    ("train", models.cli.train),
+    ("export", export.cli.export),
+    ("inspect", export.cli.inspect),
+    ("serve", deploy.cli.serve),
+    ("predict", loadtest.cli.predict),
+    ("loadtest", loadtest.cli.loadtest),
+)
+
+
+def with_boundary(function: CommandFunction) -> Callable[..., None]:
+    """Wrap a command: add ``--json`` and ``--debug``, print its result, turn its errors into sentences.
+
+    Args:
+        function: Raises errors with a true ``user_facing`` attribute for what the user can mend; returns a mapping,
+            whose ``"ok"``, if false, makes the exit code 1.
+    """
+
+    def run(*, json: bool, debug: bool, **arguments: Any) -> None:
+        try:
+            result = function(**arguments)
+            document = jsonlib.dumps(result, allow_nan=False) if json else ""
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except Exception as error:
+            if debug or isinstance(error, typer.Exit):
+                raise
+            _report(error)
+            raise typer.Exit(EXIT_FAILED if _is_expected(error) else EXIT_DEFECT) from None
+        if json:
+            print(document, flush=True)
+        if not result.get("ok", True):
+            raise typer.Exit(EXIT_FAILED)
+
+    signature = inspect.signature(function, eval_str=True)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("json", JsonOption), ("debug", DebugOption))
+    ]
+    parameters = [*signature.parameters.values(), *extra]
+    functools.update_wrapper(run, function)
+    del run.__wrapped__  # type: ignore[attr-defined]  # Typer must see the parameters added here
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _is_expected(error: Exception) -> bool:
+    return isinstance(error, OSError) or getattr(error, "user_facing", False)
+
+
+def _report(error: Exception) -> None:
+    """One plain sentence on stderr."""
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    elif _is_expected(error):
+        message = str(error)
+    else:
+        message = f"unexpected {type(error).__name__}: {error} (a defect of torchport: run again with --debug)"
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"torchport {metadata.version('torchport')}")
+        raise typer.Exit
+
+
+def build_app() -> typer.Typer:
+    """The Typer application with every command."""
+    app = typer.Typer(
+        help="From a PyTorch checkpoint to a verified, tuned TorchServe endpoint.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """From a PyTorch checkpoint to a verified, tuned TorchServe endpoint."""
+
+    for name, function in COMMANDS:
+        app.command(name)(with_boundary(function))
+    return app
+
+
+def main() -> None:
+    """Entry point of the ``torchport`` command."""
+    build_app()()
+
+
+if __name__ == "__main__":
+    main()
