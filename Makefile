@@ -46,14 +46,15 @@ check: lint typecheck test  ## What CI runs
 
 constraints: install  ## Pin what .venv holds now into constraints.txt
 	{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
-	  $(BIN)/pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | sort -f; \
+	  $(BIN)/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' | sort -f; \
 	  sed -n '/^# where there is no/,$$p' constraints.txt; } > constraints.tmp
 	mv constraints.tmp constraints.txt
 
-image:  ## Build the serving image (needs docker or buildah)
-	@if command -v docker >/dev/null; then docker build -t torchport .; \
-	 elif command -v buildah >/dev/null; then buildah bud -t torchport .; \
-	 else echo "building the image needs docker or buildah"; exit 1; fi
+image:  ## Build the serving image; IMAGE_FLAGS="--build-arg ..." (docs/docker.md)
+	@if docker version >/dev/null 2>&1; then docker build -t torchport $(IMAGE_FLAGS) .; \
+	 elif command -v podman >/dev/null; then podman build --format docker -t torchport $(IMAGE_FLAGS) .; \
+	 elif command -v buildah >/dev/null; then buildah bud --format docker -t torchport $(IMAGE_FLAGS) .; \
+	 else echo "building the image needs a running Docker, or Podman or Buildah"; exit 1; fi
 
 clean:  ## Remove .venv and what the commands wrote
 	rm -rf $(VENV) demo runs model_store reports *.egg-info

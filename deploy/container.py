@@ -1,21 +1,26 @@
-"""What one asks inside a serving container: whether it is ready, and for a token.
+"""What one asks inside a serving container: whether it is ready, and for a token; and what it asks of its archives.
 
     python3 /opt/torchport/container.py ready    exit code 0 when all workers of all archives are READY
     python3 /opt/torchport/container.py token    prints a token for predictions, a new one when the last has expired
+    python3 /opt/torchport/container.py check ARCHIVE...
+                                                 exit code 0 when every archive is whole and no two are the same model
 
-The image has neither torchport nor curl, so this file stands alone and needs the standard library only. It runs in
-TorchServe's working folder, where the tokens and the effective configuration are.
+The image has neither torchport nor curl, so this file stands alone and needs the standard library only. The first two
+run in TorchServe's working folder, where the tokens and the effective configuration are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
+import struct
 import sys
 import urllib.request
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _KEY_FILE = Path("key_file.json")
 _CONFIG_FILE = Path("config.properties")
@@ -23,12 +28,24 @@ _TIMEOUT_S = 3.0
 _SECONDS_LENGTH = len("2026-01-01T00:00:00")
 _MOST_MODELS = 10_000
 
+_MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+_DIGESTS_FILE = "digests.json"
+_CHUNK_BYTES = 1 << 20
+# A zip entry's own header, up to its sizes: flags, method, (date,) CRC, packed and unpacked size.
+_ENTRY_HEADER = struct.Struct("<6xHH4xIII")
+_SIZES_FOLLOW = 0x08  # the flag of an entry whose CRC and sizes come after its data
+_ZIP64_SIZE = 0xFFFFFFFF
+
 # Never through a proxy that the environment names: the server is in this container.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class NotReadyError(Exception):
     """The server cannot answer predictions yet, or no longer; the message says what it lacks."""
+
+
+class ArchiveFaultError(Exception):
+    """An archive cannot be served; the message says which, why, and what to do."""
 
 
 class Management:
@@ -97,14 +114,47 @@ def check_ready(archives: list[str], versions: list[dict[str, Any]]) -> None:
         if len(workers) < max(1, version["minWorkers"]):
             raise NotReadyError(f"{name} has {len(workers)} of {version['minWorkers']} workers")
         for worker in workers:
-            if worker["status"] != "READY":
-                raise NotReadyError(f"{name}: worker {worker['id']} is {worker['status']}")
+            if worker["status"] != "READY":  # TorchServe calls it UNLOADING
+                raise NotReadyError(f"{name}: worker {worker['id']} is still loading, or has failed")
+
+
+def check_archives(paths: list[Path]) -> None:
+    """Read archives from end to end: TorchServe meets a damaged one with a stack trace and stays up without it.
+
+    Args:
+        paths: The archives. Those without torchport's digests have only the checksums of their zip.
+
+    Raises:
+        ArchiveFaultError: If one is damaged, or two hold the same version of the same model.
+    """
+    served: dict[tuple[str, str], Path] = {}
+    for path in paths:
+        try:
+            model = _read_archive(path)
+        except Exception as error:  # there is no end to what damage makes zipfile raise
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise ArchiveFaultError(
+                f"{path} is damaged or no archive ({reason}); export it again or fetch a clean copy"
+            ) from error
+        if model in served:
+            raise ArchiveFaultError(
+                f"{served[model].name} and {path.name} both hold {' '.join(model)}; name the archives to serve, "
+                "or export one of them with another name or version"
+            )
+        served[model] = path
 
 
 def main(arguments: list[str]) -> int:
     """Answer one question; the exit code is 0 when the answer is good."""
+    if len(arguments) > 1 and arguments[0] == "check":
+        try:
+            check_archives([Path(argument) for argument in arguments[1:]])
+        except ArchiveFaultError as error:
+            print(f"torchport: {error}", file=sys.stderr)
+            return 2
+        return 0
     if arguments not in (["ready"], ["token"]):
-        print("usage: container.py ready | token", file=sys.stderr)
+        print("usage: container.py ready | token | check ARCHIVE...", file=sys.stderr)
         return 2
     try:
         config = _read_config()
@@ -118,6 +168,40 @@ def main(arguments: list[str]) -> int:
         print(f"not ready: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _read_archive(path: Path) -> tuple[str, str]:
+    """Read all of an archive; give its model's name and version."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        digests = {}
+        for entry in archive.infolist():
+            _check_header(file, entry)
+            digest = hashlib.sha256()
+            with archive.open(entry) as content:  # its end compares the checksum
+                while chunk := content.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+            if not entry.is_dir():
+                digests[entry.filename] = digest.hexdigest()
+        if digests.pop(_DIGESTS_FILE, None):
+            recorded = json.loads(archive.read(_DIGESTS_FILE))["sha256"]
+            for name in sorted(digests.keys() | recorded.keys()):
+                if digests.get(name) != recorded.get(name):
+                    raise ValueError(f"{name} differs from its digest")
+        model = json.loads(archive.read(_MANIFEST_FILE))["model"]
+        return str(model["modelName"]), str(model["modelVersion"])
+
+
+def _check_header(file: BinaryIO, entry: zipfile.ZipInfo) -> None:
+    """Compare an entry's own header, which Java reads, with the directory at the end, which Python reads."""
+    file.seek(entry.header_offset)
+    flags, method, checksum, *sizes = _ENTRY_HEADER.unpack(file.read(_ENTRY_HEADER.size))
+    same = flags == entry.flag_bits and method == entry.compress_type
+    if not flags & _SIZES_FOLLOW:
+        same = same and checksum == entry.CRC
+        for size, listed in zip(sizes, (entry.compress_size, entry.file_size), strict=True):
+            same = same and size in (listed, _ZIP64_SIZE)
+    if not same:
+        raise ValueError(f"the header of {entry.filename} is damaged")
 
 
 def _read_config() -> dict[str, str]:

@@ -14,6 +14,10 @@ fail() {
     exit 2
 }
 
+case ${TORCHPORT_METRICS_ADDRESS:-} in
+    "" | http://*:[0-9]*) ;;
+    *) fail "TORCHPORT_METRICS_ADDRESS is '$TORCHPORT_METRICS_ADDRESS'; write it like http://0.0.0.0:8082" ;;
+esac
 [ -r "$store" ] && [ -x "$store" ] ||
     fail "$store cannot be read by uid $(id -u); give others the right to read and enter the mounted folder"
 if [ $# -eq 0 ]; then
@@ -32,9 +36,10 @@ for archive do
     set -- "$@" "$name"
 done
 models=$(IFS=,; echo "$*")
+(cd "$store" && exec python3 "$home/container.py" check "$@") || exit
 
 # TorchServe writes key_file.json into its working folder. What an earlier start left must not look like this one's.
-[ -w . ] || fail "$PWD cannot be written by uid $(id -u); with --read-only, mount a tmpfs there: --tmpfs $PWD:uid=$(id -u)"
+[ -w . ] || fail "$PWD cannot be written by uid $(id -u); with --read-only, mount a tmpfs there: --tmpfs $PWD"
 rm -f key_file.json
 {
     cat "$home/config.properties"
@@ -68,4 +73,4 @@ while kill -0 "$launcher" 2>/dev/null; do
     wait "$launcher" || true
 done
 rm -f key_file.json
-[ -n "$stopping" ] || fail "TorchServe ended by itself; its last lines above say why"
+[ -n "$stopping" ] || fail "TorchServe ended by itself; the lines above say why"

@@ -77,6 +77,19 @@ def test_the_server_does_not_run_as_root():
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", users[-1])
 
 
+def test_java_finds_the_folder_that_its_package_needs():
+    # Debian's slim images have no manual pages, and openjdk's post-installation script fails where man1 is missing.
+    command = next(rest for rest in _arguments("RUN") if "openjdk" in rest)
+    assert "/usr/share/man/man1" in command.partition("apt-get")[0]
+
+
+def test_the_working_folder_can_be_a_tmpfs_or_anybody_s():
+    # A tmpfs takes the folder's mode but belongs to root; with --user, or on OpenShift, the process has another id.
+    folder = _arguments("WORKDIR")[-1]
+    command = next(rest for rest in _arguments("RUN") if f" {folder} " in rest and "install -d" in rest)
+    assert f"install -d -m 1777 {folder} " in command
+
+
 def test_every_package_that_is_asked_for_is_pinned():
     # As the Dockerfile reads the constraints: without their markers.
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
