@@ -13,6 +13,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path: The final path; its folder must exist.
         content: All of the file.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with atomic_save(str(path), part_file=str(part), overwrite=True, rm_part_on_exc=True) as opened:
+    # boltons puts the part beside the final file: it takes a name, not a path.
+    part = f".{path.name}.{os.getpid()}.part"
+    with atomic_save(str(path), part_file=part, overwrite=True, overwrite_part=True, rm_part_on_exc=True) as opened:
         opened.write(content)

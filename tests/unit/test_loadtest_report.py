@@ -2,6 +2,7 @@ import json
 import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,15 @@ def test_the_page_is_well_formed_and_needs_no_network(tmp_path, options):
     assert parser.open == []
     assert len(parser.ids) == len(set(parser.ids))
     assert page.count("<svg") == 3
+
+
+def test_a_report_goes_into_a_relative_folder_too_and_over_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        files = write_report(new_result(), Path("reports") / "digits")
+    assert sorted(path.name for path in (tmp_path / "reports" / "digits").iterdir()) == sorted(
+        path.name for path in (files.page, files.results, files.distribution)
+    )
 
 
 def test_the_page_escapes_what_the_server_said(tmp_path):
