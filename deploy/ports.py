@@ -33,13 +33,20 @@ class Ports:
             return cls.free()
         if not 1 <= first <= _HIGHEST - 4:
             raise PortError(f"the port {first} is not usable: give one from 1 to {_HIGHEST - 4}, or 0 for any free one")
-        taken = [port for port in range(first, first + 5) if not is_free(port)]
-        if taken:
-            raise PortError(
-                f"the port {taken[0]} is in use (TorchServe takes {first} to {first + 4}); "
-                "stop what listens there, or choose another with --port (0 for any free one)"
-            )
-        return cls._of(range(first, first + 5))
+        numbers = range(first, first + 5)
+        for port in numbers:
+            try:
+                _bind(port)
+            except PermissionError as error:
+                raise PortError(
+                    f"the port {port} is for the system's own services here; choose one from 1024 with --port"
+                ) from error
+            except OSError as error:
+                raise PortError(
+                    f"the port {port} is in use (TorchServe takes {first} to {first + 4}); "
+                    "stop what listens there, or choose another with --port (0 for any free one)"
+                ) from error
+        return cls._of(numbers)
 
     @classmethod
     def free(cls) -> Ports:
@@ -81,11 +88,35 @@ class Ports:
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on a port, on any address."""
+    try:
+        _bind(port)
+    except OSError:
+        return False
+    return True
+
+
+def check_host(host: str) -> None:
+    """Refuse an address on which TorchServe could not listen.
+
+    Raises:
+        PortError: If it is not an IPv4 address or name of this machine.
+    """
+    try:
+        if host:
+            _bind(0, host)
+            return
+        reason = "it is empty"
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be looked up, such as "a..b"
+        reason = getattr(error, "strerror", None) or str(error)
+    raise PortError(
+        f"TorchServe cannot listen on {host!r} ({reason}); give an IPv4 address of this machine with --host, "
+        "or 0.0.0.0 for all of them"
+    )
+
+
+def _bind(port: int, host: str = "") -> None:
+    """Take a port for a moment."""
     with socket.socket() as probe:
         # As servers do: a port whose last connection is still in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+        probe.bind((host, port))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,15 +21,21 @@ import httpx
 import psutil
 
 from deploy.configuration import LOG_CONFIG, server_properties
-from deploy.errors import StartError
+from deploy.errors import StartError, StateError
 from deploy.java import find_java
-from deploy.ports import LOOPBACK, Ports
-from deploy.state import KEY_FILE, ServerState, state_folder
+from deploy.ports import LOOPBACK, Ports, check_host
+from deploy.state import KEY_FILE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
+
+# Ctrl-C, a service manager, a closed terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 30.0
+_KILL_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
+# Between TorchServe's end and the last line that it printed.
+_LAST_WORDS_S = 2.0
 _TAIL_LINES = 15
 # What a worker's handler writes when it refuses to become ready, and what TorchServe writes of its own failures.
 _REFUSED = "is not served: "
@@ -64,8 +71,9 @@ class TorchServe:
         self._reader: threading.Thread | None = None
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._refusal: str | None = None
-        # Unix sockets of the workers lie in the temporary folder, and their paths may have 107 characters at most.
-        self._temporary = Path(tempfile.mkdtemp(prefix="torchport-"))
+        self._temporary: Path | None = None
+        # Whatever is taken is given back when the stack is closed, in reverse order.
+        self._taken = contextlib.ExitStack()
         reachable = LOOPBACK if host == "0.0.0.0" else host  # a comparison, not a binding
         self.state = ServerState(
             folder=state_folder(ports.inference),
@@ -81,8 +89,25 @@ class TorchServe:
         """Everything that TorchServe prints."""
         return self.state.folder / "torchserve.log"
 
+    @property
+    def temporary_folder(self) -> Path:
+        """A folder that only this user can read and that goes when the server stops.
+
+        Raises:
+            StartError: If the server is not running.
+        """
+        if self._temporary is None:
+            raise StartError("TorchServe was not started")
+        return self._temporary
+
     def __enter__(self) -> TorchServe:
-        """Start the process, without waiting for its workers."""
+        """Start the process, without waiting for its workers.
+
+        Raises:
+            JavaError: If there is no Java.
+            PortError: If the host is none of this machine.
+            StateError: If another server has the state folder, or it cannot be used.
+        """
         try:
             self._start()
         except BaseException:
@@ -97,9 +122,16 @@ class TorchServe:
         self.stop()
 
     def _start(self) -> None:
+        check_host(self._host)
         java = find_java()
-        self.state.remove()
-        store = self._temporary / "model_store"
+        make_private(self.state.folder)
+        self._taken.enter_context(claimed(self.state.folder))
+        self.state.remove()  # what a server that was killed left
+        self._taken.callback(self.state.remove)
+        # Unix sockets of the workers lie in the temporary folder, and their paths may have 107 characters at most.
+        temporary = self._temporary = Path(tempfile.mkdtemp(prefix="torchport-"))
+        self._taken.callback(shutil.rmtree, temporary, ignore_errors=True)
+        store = temporary / "model_store"
         store.mkdir()
         models = {archive.name: store / f"{archive.name}.mar" for archive in self._archives}
         for archive in self._archives:
@@ -116,6 +148,9 @@ class TorchServe:
             ),
             encoding="utf-8",
         )
+        log = self._taken.enter_context(self.log_file.open("w", encoding="utf-8"))
+        # TorchServe reads TS_CONFIG_FILE before --ts-config, and other settings from variables like it.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
@@ -123,11 +158,11 @@ class TorchServe:
             ],
             cwd=self.state.folder,
             env={
-                **os.environ,
+                **inherited,
                 "JAVA_HOME": str(java.home),
                 # The launcher keeps its process id in the one, Java its sockets and extracted archives in the other.
-                "TMPDIR": str(self._temporary),
-                "TEMP": str(self._temporary),
+                "TMPDIR": str(temporary),
+                "TEMP": str(temporary),
             },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -137,20 +172,21 @@ class TorchServe:
             # Ctrl-C goes to us alone; we stop TorchServe in order.
             start_new_session=True,
         )
-        self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout,), daemon=True)
+        self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout, log), daemon=True)
         self._reader.start()
 
-    def _read_log(self, stream: IO[str]) -> None:
+    def _read_log(self, stream: IO[str], log: IO[str]) -> None:
         """Copy the log, and remember what matters to somebody who waits."""
-        with self.log_file.open("w", encoding="utf-8") as log:
+        copies = [log] if self._echo is None else [log, self._echo]
+        with stream:
             for line in stream:
-                log.write(line)
-                log.flush()
                 self._tail.append(line.rstrip())
                 if self._refusal is None and (_REFUSED in line or any(word in line for word in _FATAL)):
                     self._refusal = line.partition(_REFUSED)[2].strip() or line.strip()
-                if self._echo is not None:
-                    print(line, end="", file=self._echo, flush=True)
+                for copy in copies:
+                    # A full disk, a closed terminal: reading goes on, or TorchServe would stand still at its next line.
+                    with contextlib.suppress(OSError, ValueError):
+                        print(line, end="", file=copy, flush=True)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Wait until every worker of every model is READY.
@@ -160,25 +196,44 @@ class TorchServe:
         """
         deadline = time.monotonic() + timeout_s
         scaled = self._workers is None
+        obstacle = None
         while time.monotonic() < deadline:
-            if self._refusal is not None:
-                raise StartError(f"TorchServe cannot serve: {self._refusal} (log: {self.log_file})")
-            if self._process is None or self._process.poll() is not None:
-                raise StartError(f"TorchServe ended before it was ready: {self._last_lines()} (log: {self.log_file})")
-            workers = self._workers_by_model()
-            if not scaled and len(workers) == len(self._archives):
-                self._scale()
-                scaled = True
-            elif scaled and len(workers) == len(self._archives) and all(map(_all_ready, workers.values())):
-                self.state.write()
-                return
+            self._check_alive()
+            try:
+                workers = self._workers_by_model()
+                obstacle = None
+            except StateError as error:  # TorchServe may be writing its tokens just now
+                workers, obstacle = {}, error
+            if len(workers) == len(self._archives):
+                if not scaled:
+                    self._scale()
+                    scaled = True
+                elif all(self._all_ready(found) for found in workers.values()):
+                    self.state.write()
+                    return
             time.sleep(_POLL_S)
-        raise StartError(
-            f"TorchServe was not ready within {timeout_s:.0f} s: {self._last_lines()} (log: {self.log_file})"
-        )
+        reason = self._last_lines() if obstacle is None else str(obstacle)
+        raise StartError(f"TorchServe was not ready within {timeout_s:g} s: {reason} (log: {self.log_file})")
+
+    def _check_alive(self) -> None:
+        ended = self._process is None or self._process.poll() is not None
+        if ended and self._reader is not None:
+            self._reader.join(timeout=_LAST_WORDS_S)
+        if self._refusal is not None:
+            raise StartError(f"TorchServe cannot serve: {self._refusal} (log: {self.log_file})")
+        if ended:
+            raise StartError(f"TorchServe ended before it was ready: {self._last_lines()} (log: {self.log_file})")
+
+    def _all_ready(self, workers: list[dict[str, Any]]) -> bool:
+        right_number = bool(workers) if self._workers is None else len(workers) == self._workers
+        return right_number and all(worker["status"] == "READY" for worker in workers)
 
     def _workers_by_model(self) -> dict[str, list[dict[str, Any]]]:
-        """The workers of each model that is registered by now; empty while the server is still starting."""
+        """The workers of each model that is registered by now; empty while the server is still starting.
+
+        Raises:
+            StateError: If there is no usable token.
+        """
         if not (self.state.folder / KEY_FILE).is_file():
             return {}
         found: dict[str, list[dict[str, Any]]] = {}
@@ -206,6 +261,7 @@ class TorchServe:
             params=parameters,
             headers={"Authorization": f"Bearer {self.state.management_token()}"},
             timeout=_REQUEST_TIMEOUT_S,
+            trust_env=False,  # a proxy in the environment would stand between us and this machine
         )
 
     def wait(self) -> int:
@@ -215,26 +271,80 @@ class TorchServe:
         return self._process.wait()
 
     def stop(self) -> None:
-        """Stop TorchServe: the frontend first, which stops its workers; then whatever is left, by process id."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            family = psutil.Process(process.pid).children(recursive=True)
-            frontends = [child for child in family if child.name() == "java"]
-            for frontend in frontends or [psutil.Process(process.pid)]:
-                frontend.terminate()
-            _, alive = psutil.wait_procs([*family, psutil.Process(process.pid)], timeout=_STOP_TIMEOUT_S)
-            for survivor in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    survivor.kill()
-            process.wait()
-        if self._reader is not None:
-            self._reader.join(timeout=_STOP_TIMEOUT_S)
-        self.state.remove()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        """Stop TorchServe: the frontend first, which stops its workers; then whatever is left, by process id.
+
+        Another Ctrl-C, or SIGTERM, while it waits for them ends them at once.
+        """
+        with _noted_signals() as hurry, self._taken:
+            if self._process is None:
+                return
+            self._end(psutil.Process.terminate, timeout_s=_STOP_TIMEOUT_S, hurry=hurry)
+            self._end(psutil.Process.kill, timeout_s=_KILL_TIMEOUT_S)
+            # With a limit: an interrupt in the wrong moment leaves the lock inside Popen taken for ever.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_KILL_TIMEOUT_S)
+            if self._reader is not None:
+                self._reader.join(timeout=_KILL_TIMEOUT_S)
+
+    def _end(
+        self, send: Callable[[psutil.Process], None], *, timeout_s: float, hurry: threading.Event | None = None
+    ) -> None:
+        """Signal whatever runs of this server, and wait until nothing does, or for as long as there is no hurry."""
+        family = self._family()
+        # Of a server in order the frontend alone is asked to stop: it does the rest.
+        frontends = [member for member in family if _name(member) == "java"]
+        addressed = frontends if frontends and send is psutil.Process.terminate else family
+        for member in addressed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                send(member)
+        deadline = time.monotonic() + timeout_s
+        while family and time.monotonic() < deadline and not (hurry and hurry.is_set()):
+            _, family = psutil.wait_procs(family, timeout=_POLL_S)
+
+    def _family(self) -> list[psutil.Process]:
+        """Every living process of this server, also when the launcher, or a parent between, has died.
+
+        They share the session that the launcher opened and, because the system gives process ids out again, the
+        temporary folder that no other process has in its environment.
+        """
+        if self._process is None:
+            return []
+        return [
+            process for process in psutil.process_iter() if _belongs(process, self._process.pid, self.temporary_folder)
+        ]
 
     def _last_lines(self) -> str:
         return " | ".join(self._tail) or "it printed nothing"
 
 
-def _all_ready(workers: list[dict[str, Any]]) -> bool:
-    return bool(workers) and all(worker["status"] == "READY" for worker in workers)
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[threading.Event]:
+    """Keep signals from interrupting what has to be done to its end; they set the event instead."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield noted
+        return
+    before = {number: signal.signal(number, lambda *_: noted.set()) for number in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
+
+
+def _belongs(process: psutil.Process, session: int, temporary: Path) -> bool:
+    try:
+        return (
+            os.getsid(process.pid) == session
+            and process.status() != psutil.STATUS_ZOMBIE
+            and process.environ().get("TMPDIR") == str(temporary)
+        )
+    except (psutil.Error, OSError):  # it ended meanwhile, or is somebody else's
+        return False
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""

@@ -5,24 +5,31 @@ It is TorchServe's working folder too, because TorchServe writes its tokens (``k
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import json
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import platformdirs
-import psutil
 
 from deploy.errors import StateError
 
 KEY_FILE = "key_file.json"
 SERVER_FILE = "server.json"
+LOCK_FILE = "lock"
 STATE_VARIABLE = "TORCHPORT_STATE_DIR"
 
 _TOKEN_TIMEOUT_S = 10.0
+# A client that looks whether the server runs holds the lock for a moment.
+_CLAIM_TIMEOUT_S = 1.0
 _EXPIRY_FORMAT_LENGTH = len("2026-01-01T00:00:00")
 
 
@@ -49,7 +56,7 @@ class ServerState:
     def write(self) -> None:
         """Put the state where :func:`find_server` looks."""
         document = {**asdict(self), "folder": str(self.folder)}
-        # Only the process that holds the port writes here; a reader that comes too early finds no complete JSON.
+        # Only the process that has claimed the folder writes here; who reads too early finds no complete JSON.
         (self.folder / SERVER_FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     def remove(self) -> None:
@@ -100,6 +107,7 @@ class ServerState:
                 params={"type": kind},
                 headers={"Authorization": f"Bearer {api_key}"},
                 timeout=_TOKEN_TIMEOUT_S,
+                trust_env=False,  # a proxy in the environment would stand between us and this machine
             )
             response.raise_for_status()
         except httpx.HTTPError as error:
@@ -108,11 +116,80 @@ class ServerState:
 
 
 def state_folder(port: int) -> Path:
-    """The state folder of the server on a port, made if need be, for its owner alone."""
+    """Where the state folder of the server on a port is, or would be."""
     root = os.environ.get(STATE_VARIABLE)
-    folder = (Path(root) if root else platformdirs.user_state_path("torchport")) / f"serve-{port}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return (Path(root).absolute() if root else platformdirs.user_state_path("torchport")) / f"serve-{port}"
+
+
+def make_private(folder: Path) -> None:
+    """Make a state folder if need be, for its owner alone: tokens lie in it.
+
+    Raises:
+        StateError: If it cannot be made, or belongs to somebody else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
+            raise StateError(
+                f"the state folder {folder} belongs to another user; name one of your own with {STATE_VARIABLE}"
+            )
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise StateError(
+            f"the state folder {folder} cannot be used ({error.strerror}); name another with {STATE_VARIABLE}"
+        ) from error
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the only server that uses a state folder, for as long as the block lasts.
+
+    A lock and not a process id: the system lets go of it whatever ends the process, and gives ids out again.
+
+    Raises:
+        StateError: If another server has the folder, or it cannot be locked.
+    """
+    deadline = time.monotonic() + _CLAIM_TIMEOUT_S
+    with _open_lock(folder, "a") as lock:
+        while not _try_lock(lock, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise StateError(
+                    f"another `torchport serve` is using {folder}; stop it, or choose another port with --port"
+                )
+            time.sleep(0.05)
+        yield
+
+
+def _is_claimed(folder: Path) -> bool:
+    try:
+        with _open_lock(folder, "r") as lock:
+            return not _try_lock(lock, fcntl.LOCK_SH)
+    except StateError:
+        return False
+
+
+def _open_lock(folder: Path, mode: str) -> IO[str]:
+    try:
+        return (folder / LOCK_FILE).open(mode, encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"the state folder {folder} cannot be used ({error.strerror})") from error
+
+
+def _try_lock(lock: IO[str], kind: int) -> bool:
+    """Take a lock that is free; it is held until the file is closed."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StateError(
+            f"{lock.name} cannot be locked ({error.strerror}); name a folder on a local disk with {STATE_VARIABLE}"
+        ) from error
+    return True
 
 
 def find_server(port: int) -> ServerState:
@@ -130,7 +207,7 @@ def find_server(port: int) -> ServerState:
             f"torchport serves nothing on port {port}; start it with `torchport serve`, "
             "or give --url and --token for a server started otherwise"
         ) from error
-    if not psutil.pid_exists(state.pid):
+    if not _is_claimed(folder):
         raise StateError(f"the server on port {port} is gone; start it again with `torchport serve`")
     return state
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loadtest.report import ReportFiles
     from loadtest.result import Result
 
-Url = Annotated[str, typer.Option(help="Where the server answers predictions.")]
+Url = Annotated[str, typer.Option(envvar="TORCHPORT_URL", help="Where the server answers predictions.")]
 Token = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +34,7 @@ Token = Annotated[
 
 def predict(
     name: Annotated[str, typer.Argument(help="Name of the model.")],
-    inputs: Annotated[list[str], typer.Argument(help="Files, JSON or text; each is one request.", metavar="INPUT...")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, JSON or text; each is one request.", metavar="INPUT")],
     url: Url = DEFAULT_URL,
     token: Token = None,
     content_type: Annotated[
