@@ -8,7 +8,6 @@ of a zip that no digest of a file covers.
 from __future__ import annotations
 
 import datetime
-import filecmp
 import json
 import os
 import re
@@ -21,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from boltons.fileutils import atomic_save
-
 import handlers
+from export.atomic import replacing
 from export.errors import ArchiveError
-from handlers.digests import DIGESTS_FILE, compare_digests, digests_document, parse_digests, sha256
+from handlers.digests import DIGESTS_FILE, compare_digests, digests_document, file_sha256, parse_digests, sha256
+from handlers.document import shown
 from handlers.errors import DigestError
 
 SUFFIX = ".mar"
@@ -65,7 +64,7 @@ def check_name(name: str, what: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise ArchiveError(
-            f"the {what} {name!r} is not usable: write letters, digits, '-', '_' and '.', "
+            f"the {what} {shown(name)} is not usable: write letters, digits, '-', '_' and '.', "
             "beginning with a letter or digit"
         )
     return name
@@ -88,19 +87,14 @@ def write_archive(files: ArchiveFiles, *, name: str, version: str, out: Path) ->
     """
     destination = out / f"{check_name(name, 'model name')}{SUFFIX}"
     check_name(version, "model version")
-    with tempfile.TemporaryDirectory(prefix="torchport-pack-") as staging:
-        packed = _run_archiver(files, name=name, version=version, staging=Path(staging))
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="torchport-pack-") as staging:
+            packed = _run_archiver(files, name=name, version=version, staging=Path(staging))
             out.mkdir(parents=True, exist_ok=True)
-            # A name of this process's own: two exports at once must not write into one file.
-            part = f".{destination.name}.{os.getpid()}.part"
-            # overwrite_part: a killed export that had this process id, always 1 in a container, may have left one.
-            with atomic_save(
-                str(destination), part_file=part, overwrite=True, overwrite_part=True, text_mode=False
-            ) as file:
-                _write_canonical(packed, file)
-        except OSError as error:
-            raise ArchiveError(f"{destination} cannot be written: {error.strerror or error}") from error
+            with replacing(destination) as file:
+                write_canonical(packed, file)
+    except OSError as error:
+        raise ArchiveError(f"{destination} cannot be written: {error.strerror or error}") from error
     return destination
 
 
@@ -118,7 +112,7 @@ def created_on() -> str:
             else datetime.datetime.fromtimestamp(int(text), tz=datetime.UTC)
         )
     except (ValueError, OverflowError, OSError) as error:
-        raise ArchiveError(f"SOURCE_DATE_EPOCH is {text!r}; it must be a number of seconds since 1970") from error
+        raise ArchiveError(f"SOURCE_DATE_EPOCH is {shown(text)}; it must be a number of seconds since 1970") from error
     return moment.strftime("%d/%m/%Y %H:%M:%S")
 
 
@@ -160,8 +154,13 @@ def _put(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _write_canonical(packed: Path, destination: IO[bytes]) -> None:
-    """Copy an archive into canonical form, with its manifest dated and its digests recorded."""
+def write_canonical(packed: Path, destination: IO[bytes]) -> None:
+    """Copy an archive into canonical form, with its manifest dated and its digests recorded.
+
+    Args:
+        packed: What ``torch-model-archiver`` wrote.
+        destination: An empty file, open for writing.
+    """
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(destination, "w", zipfile.ZIP_STORED) as target:
         manifest = json.loads(source.read(MANIFEST_FILE))
         manifest["createdOn"] = created_on()
@@ -211,18 +210,43 @@ class Archive:
     digests: dict[str, str]
 
     def read(self, file: str) -> bytes:
-        """The bytes of one file."""
+        """The bytes of one of the files in ``digests``.
+
+        Raises:
+            KeyError: If it is none of them.
+            ArchiveError: If another archive has taken its place since it was verified.
+        """
         with zipfile.ZipFile(self.path) as source:
-            return source.read(file)
+            content = source.read(file)
+        if sha256([content]) != self.digests[file]:
+            raise _replaced(self.path)
+        return content
 
     def read_json(self, file: str) -> Any:
-        """One JSON document."""
-        return json.loads(self.read(file))
+        """One JSON document.
+
+        Raises:
+            KeyError: If the archive holds no such file.
+            ValueError: If it is not JSON; NaN and Infinity are not.
+            ArchiveError: As :meth:`read`.
+        """
+        return json.loads(self.read(file), parse_constant=_refuse_constant)
 
     def extract(self, folder: Path) -> None:
-        """Unpack everything into a folder."""
+        """Unpack everything into a folder.
+
+        Raises:
+            ArchiveError: If another archive has taken its place since it was verified.
+        """
         with zipfile.ZipFile(self.path) as source:
             source.extractall(folder)
+            actual = {name: file_sha256(folder / name) for name in source.namelist() if name != DIGESTS_FILE}
+        if actual != self.digests:
+            raise _replaced(self.path)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def open_archive(path: Path) -> Archive:
@@ -235,15 +259,17 @@ def open_archive(path: Path) -> Archive:
     if not path.is_file():
         raise ArchiveError(f"there is no archive at {path}; `torchport export` writes one")
     try:
-        with zipfile.ZipFile(path) as source:
+        # Opened once: another export may put another archive in its place at any moment.
+        with path.open("rb") as file, zipfile.ZipFile(file) as source:
             names = source.namelist()
-            _check_names(names)
+            _check_names(names, path)
+            _check_sizes(source, os.fstat(file.fileno()).st_size, path)
             if DIGESTS_FILE not in names or MANIFEST_FILE not in names:
                 raise ArchiveError(f"{path} is not an archive that torchport wrote: it has no {DIGESTS_FILE}")
             expected = parse_digests(source.read(DIGESTS_FILE))
             actual = {name: sha256(_chunks(source, name)) for name in names if name != DIGESTS_FILE}
             compare_digests(expected, actual)
-            _check_canonical(source, path)
+            _check_canonical(source, file, path)
             model = json.loads(source.read(MANIFEST_FILE))["model"]
             # They become file names, URLs and lines of TorchServe's configuration.
             check_name(model["modelName"], "model name")
@@ -259,16 +285,34 @@ def open_archive(path: Path) -> Archive:
     return Archive(path=path, name=model["modelName"], version=model["modelVersion"], digests=expected)
 
 
-def _check_names(names: list[str]) -> None:
+def _check_names(names: list[str], path: Path) -> None:
     for name in names:
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or "\\" in name or ".." in parts:
-            raise ArchiveError(f"the archive holds the path {name!r}, which leads out of its folder; do not use it")
+        plain = PurePosixPath(name).as_posix() == name and name != "."
+        if not plain or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+            raise ArchiveError(
+                f"{path} holds the path {name!r}, which is not that of a file inside its folder; do not use it"
+            )
     if len(set(names)) != len(names):
-        raise ArchiveError("the archive holds the same path twice; do not use it")
+        raise ArchiveError(f"{path} holds the same path twice; do not use it")
 
 
-def _check_canonical(source: zipfile.ZipFile, path: Path) -> None:
+def _check_sizes(source: zipfile.ZipFile, size: int, path: Path) -> None:
+    """Refuse what unpacks to more than it is, before a byte of it is unpacked."""
+    entries = source.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > size:
+        raise _changed(path)
+
+
+def _changed(path: Path) -> ArchiveError:
+    return ArchiveError(f"{path} was changed after its export; export it again or fetch a clean copy")
+
+
+def _replaced(path: Path) -> ArchiveError:
+    return ArchiveError(f"another archive took the place of {path} while it was read; try again")
+
+
+def _check_canonical(source: zipfile.ZipFile, file: IO[bytes], path: Path) -> None:
     """Compare the file with the only bytes that its content can have.
 
     Digests cover what is inside the entries; this covers all the rest: dates, flags, order, comments, gaps.
@@ -278,5 +322,6 @@ def _check_canonical(source: zipfile.ZipFile, path: Path) -> None:
         with zipfile.ZipFile(rebuilt, "w", zipfile.ZIP_STORED) as target:
             for name in sorted(source.namelist()):
                 _add(target, name, _chunks(source, name), source.getinfo(name).file_size)
-        if not filecmp.cmp(path, rebuilt, shallow=False):
-            raise ArchiveError(f"{path} was changed after its export; export it again or fetch a clean copy")
+        file.seek(0)
+        if sha256(iter(lambda: file.read(_CHUNK_BYTES), b"")) != file_sha256(rebuilt):
+            raise _changed(path)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -17,14 +18,15 @@ def export(
     format: Annotated[str, typer.Option(help="Artifact format: torchscript or onnx.")] = "torchscript",
     precision: Annotated[str, typer.Option(help="Number format of the weights: fp32.")] = "fp32",
     method: Annotated[str, typer.Option(help="How TorchScript is made: trace or script.")] = "trace",
-    name: Annotated[str | None, typer.Option(help="Model name.  [default: the run's folder name]")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name.", show_default="the run's folder name")] = None,
     version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
     out: Annotated[Path, typer.Option(help="Model store to write the archive to.")] = Path("model_store"),
     eval: Annotated[
         Path | None,
         typer.Option(
             metavar="DATA",
-            help="Evaluation images, one sub-folder a label.  [default: the held-out split that the checkpoint names]",
+            help="Evaluation images, one sub-folder a label.",
+            show_default="the held-out split that the checkpoint names",
         ),
     ] = None,
     model: Annotated[
@@ -55,14 +57,14 @@ def export(
         report = export_archive(options, step=status.update)
     table = Table("gate", "result", "what was found", title=f"{options.name} {version}: {format} {precision}")
     for gate in report.gates:
-        table.add_row(gate.gate, "[green]passed" if gate.passed else "[red]failed", gate.detail)
+        table.add_row(gate.gate, "[green]passed" if gate.passed else "[red]failed", escape(gate.detail))
     console = Console()
     console.print(table)
     if not report.evaluated:
         console.print(
             "No evaluation data: only random inputs were compared. Give --eval DATA to check the task itself."
         )
-    console.print(f"wrote {report.archive} ({report.bytes / 1e6:.2f} MB)", soft_wrap=True)
+    console.print(f"wrote {escape(str(report.archive))} ({report.bytes / 1e6:.2f} MB)", soft_wrap=True)
     return {"ok": True, **report.to_document()}
 
 
@@ -81,7 +83,7 @@ def inspect(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in _rows(inspection.to_document()):
-        table.add_row(key, value)
+        table.add_row(escape(key), escape(value))  # labels such as [/INST] are not markup
     console.print(table)
     return {"ok": True, **inspection.to_document()}
 
@@ -103,7 +105,7 @@ def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("outputs", tensors("outputs")),
         ("labels", ", ".join(signature["labels"])),
         ("artifact", "{format} {precision} ({file})".format(**signature["artifact"])),
-        ("checkpoint", f"sha256 {checkpoint['sha256']}, git {checkpoint['git_revision'] or 'unknown'}"),
+        ("checkpoint", f"sha256 {checkpoint['sha256']}, git {checkpoint.get('git_revision') or 'unknown'}"),
         ("metrics", ", ".join(f"{key} {value:.4g}" for key, value in checkpoint["metrics"].items())),
         *((f"gate: {gate['gate']}", gate["detail"]) for gate in provenance["gates"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),

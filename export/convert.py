@@ -1,6 +1,7 @@
 """Conversion: from a module to an artifact file. Whether the file is right is for the gates to say.
 
-It runs in a process of its own (``python -m export.convert``). TorchScript numbers its type names from what the process
+It runs in a process of its own (``python -m export.convert``), which leaves its answer in a file: stdout is for
+whatever the user's module prints. TorchScript numbers its type names from what the process
 has compiled before, so only a fresh process gives the same bytes every time; and a compiler that crashes takes only
 that process with it.
 """
@@ -30,6 +31,7 @@ from export.inputs import random_batch
 from handlers.signature import BATCH_AXIS, Artifact, Signature
 
 METHODS = ("trace", "script")
+ANSWER_FILE = "conversion.json"
 # 20 is what the dynamo exporter writes by default; from 23 on, attention with a broadcast mask fails at run time.
 ONNX_OPSET = 20
 
@@ -63,6 +65,9 @@ def convert_in_fresh_process(
     Raises:
         ConversionError: If the model cannot be converted, or the process dies.
     """
+    folder = folder.resolve()
+    answer_file = folder / ANSWER_FILE
+    answer_file.unlink(missing_ok=True)
     request = {
         "source": str(source.resolve()),
         "folder": str(folder),
@@ -74,26 +79,27 @@ def convert_in_fresh_process(
     done = subprocess.run(
         [sys.executable, "-m", "export.convert"],
         input=json.dumps(request),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONHASHSEED": "0"},
+        # Absolute: the child stands elsewhere, and an empty path means the current folder.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONHASHSEED": "0"},
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode != 0 or not answer_file.is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
         raise ConversionError(f"the conversion to {format} died with exit code {done.returncode}: {last}")
-    answer = json.loads(lines[-1])
+    answer = json.loads(answer_file.read_bytes())
     if "error" in answer:
         raise ConversionError(answer["error"])
     return Artifact(**answer["artifact"])
 
 
 def main() -> None:
-    """Answer one request of :func:`convert_in_fresh_process`: JSON on stdin, JSON on the last line of stdout."""
+    """Answer one request of :func:`convert_in_fresh_process`: JSON on stdin, JSON in :data:`ANSWER_FILE`."""
     request = json.load(sys.stdin)
     signature_file = request["signature_file"]
+    answer: dict[str, Any]
     try:
         checkpoint = load_checkpoint(
             Path(request["source"]),
@@ -108,10 +114,10 @@ def main() -> None:
             method=request["method"],
             format=request["format"],
         )
+        answer = {"artifact": artifact.to_document()}
     except ExportError as error:
-        print(json.dumps({"error": str(error)}))
-    else:
-        print(json.dumps({"artifact": artifact.to_document()}))
+        answer = {"error": str(error)}
+    (Path(request["folder"]) / ANSWER_FILE).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def convert(

@@ -13,7 +13,9 @@ from PIL import Image
 
 from export.checkpoint import check_own, import_object
 from export.errors import CheckpointError, EvaluationError
-from handlers.request import Part
+from handlers.errors import RequestError, one_line
+from handlers.image import ImageDecoder
+from handlers.request import Part, parse_request
 from handlers.signature import Signature
 
 _SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
@@ -75,17 +77,24 @@ def random_images(signature: Signature, count: int, *, seed: int) -> Iterator[La
 def _from_folder(folder: Path, signature: Signature) -> Iterator[LabelledRequest]:
     if not folder.is_dir():
         raise EvaluationError(f"there is no folder {folder}; --eval takes one sub-folder of images for each label")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    unknown = [path.name for path in classes if path.name not in signature.labels]
-    if unknown:
-        raise EvaluationError(f"{folder / unknown[0]} is not named after a label; the labels are {signature.labels}")
-    files = [path for label in classes for path in sorted(label.iterdir()) if path.suffix.lower() in _SUFFIXES]
-    if not files:
-        raise EvaluationError(f"{folder} holds no PNG or JPEG files in sub-folders named after labels")
-    for path in files:
-        yield LabelledRequest(
-            body=path.read_bytes(), content_type=_SUFFIXES[path.suffix.lower()], label=path.parent.name
-        )
+    try:
+        classes = sorted(path for path in folder.iterdir() if path.is_dir())
+        unknown = [path.name for path in classes if path.name not in signature.labels]
+        if unknown:
+            raise EvaluationError(
+                f"{folder / unknown[0]} is not named after a label; the labels are {', '.join(signature.labels)}"
+            )
+        files = [path for label in classes for path in sorted(label.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        if not files:
+            raise EvaluationError(f"{folder} holds no PNG or JPEG files in sub-folders named after labels")
+        for path in files:
+            request = LabelledRequest(
+                body=path.read_bytes(), content_type=_SUFFIXES[path.suffix.lower()], label=path.parent.name
+            )
+            _check(request, signature, str(path))
+            yield request
+    except OSError as error:
+        raise EvaluationError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
 
 
 def _from_source(source: dict[str, Any], signature: Signature) -> Iterator[LabelledRequest]:
@@ -93,14 +102,29 @@ def _from_source(source: dict[str, Any], signature: Signature) -> Iterator[Label
     try:
         check_own(path, "give --eval with a folder of labelled images")
         samples: Iterable[tuple[np.ndarray[Any, Any], int]] = import_object(path)(**(source.get("options") or {}))
+        count = 0
         for pixels, index in samples:
+            if not 0 <= index < len(signature.labels):
+                raise EvaluationError(f"{path} gives the class {index}; there are {len(signature.labels)} labels")
             yield LabelledRequest(body=_png(pixels), content_type="image/png", label=signature.labels[index])
+            count += 1
+        if not count:
+            raise EvaluationError(f"{path} gives no evaluation data; give --eval with a folder of labelled images")
     except EvaluationError:
         raise
     except CheckpointError as error:
         raise EvaluationError(f"the checkpoint's evaluation data cannot be found: {error}") from error
-    except Exception as error:  # the source is the user's code
-        raise EvaluationError(f"{path} fails to give the evaluation data: {error}") from error
+    except Exception as error:  # its options come out of a file that anybody may have written
+        raise EvaluationError(f"{path} fails to give the evaluation data: {one_line(error)}") from error
+
+
+def _check(request: LabelledRequest, signature: Signature, where: str) -> None:
+    """Refuse here what a worker would refuse: else a gate would blame the artifact for the data."""
+    try:
+        for payload in parse_request(request.parts(), max_samples=1).payloads:
+            ImageDecoder(signature.image, max_samples=1).decode(payload)
+    except RequestError as error:
+        raise EvaluationError(f"{where} is no image that the model takes: {error.message}") from error
 
 
 def _png(pixels: np.ndarray[Any, Any]) -> bytes:

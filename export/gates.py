@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.errors import CheckpointError
 from export.evaluation import LabelledRequest
+from handlers.errors import one_line
 from handlers.model import ServedModel
 
 
@@ -70,19 +72,34 @@ class Reference:
         self._module = module
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Compute one batch, ``[batch, ...]``, with one thread so that the same input gives the same bits."""
+        """Compute one batch, ``[batch, ...]``, with one thread so that the same input gives the same bits.
+
+        Raises:
+            CheckpointError: If the module fails, or gives something else than one tensor.
+        """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                output: NDArray[np.float32] = self._module(torch.from_numpy(batch)).numpy()
+                # A copy: a module that works in place would hand its leavings to the artifact as input.
+                output: NDArray[np.float32] = self._module(torch.from_numpy(batch.copy())).numpy()
+        except Exception as error:  # the module is the user's code
+            raise CheckpointError(
+                f"the checkpoint's own model fails on a batch of {len(batch)}, or does not return one tensor: "
+                f"{one_line(error)}"
+            ) from error
         finally:
             torch.set_num_threads(threads)
         return output
 
 
 def parity_gate(
-    reference: Reference, served: ServedModel, batches: Sequence[NDArray[np.float32]], thresholds: Thresholds
+    reference: Reference,
+    served: ServedModel,
+    batches: Sequence[NDArray[np.float32]],
+    thresholds: Thresholds,
+    *,
+    gate: str = "parity",
 ) -> GateResult:
     """Compare raw outputs on inputs of several batch sizes.
 
@@ -91,33 +108,35 @@ def parity_gate(
         served: What is to be checked.
         batches: Input tensors ``[batch, ...]``.
         thresholds: ``atol`` and ``rtol`` count here.
+        gate: Name of the gate, which says what the inputs are.
 
     Returns:
         The largest difference, as a multiple of what the tolerances allow: at most 1 passes.
     """
     worst = 0.0
     largest = 0.0
-    sizes = [len(batch) for batch in batches]
     for batch in batches:
         expected = reference.run(batch)
         try:
             actual = served.backend.run(batch)
         except Exception as error:  # a comparison that crashes is a comparison that fails
-            return _crashed("parity", 1.0, f"the artifact fails on a batch of {len(batch)}: {error}")
+            return _crashed(gate, 1.0, f"the artifact fails on a batch of {len(batch)}: {one_line(error)}")
         if actual.shape != expected.shape:
-            return _crashed("parity", 1.0, f"the artifact gives the shape {actual.shape} instead of {expected.shape}")
-        difference = np.abs(actual.astype(np.float64) - expected)
-        excess = difference / (thresholds.atol + thresholds.rtol * np.abs(expected))
+            return _crashed(gate, 1.0, f"the artifact gives the shape {actual.shape} instead of {expected.shape}")
+        with np.errstate(invalid="ignore"):  # infinity less infinity is a NaN, which fails below
+            difference = np.abs(actual.astype(np.float64) - expected)
+            excess = difference / (thresholds.atol + thresholds.rtol * np.abs(expected))
         # max() of an array with a NaN is NaN, and no comparison below is true of it: NaN fails.
         worst = float(np.maximum(worst, excess.max()))
         largest = float(np.maximum(largest, difference.max()))
+    sizes = ", ".join(map(str, sorted({len(batch) for batch in batches})))
     return GateResult(
-        gate="parity",
+        gate=gate,
         passed=worst <= 1.0,
         measured=worst,
         bound=1.0,
-        detail=f"largest difference {largest:.2g} (atol {thresholds.atol:g}, rtol {thresholds.rtol:g}) at batch sizes "
-        f"{', '.join(map(str, sizes))}",
+        detail=f"largest difference {largest:.2g} (atol {thresholds.atol:g}, rtol {thresholds.rtol:g}) over "
+        f"{sum(map(len, batches))} samples at batch sizes {sizes}",
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from export.errors import GateError
 from export.evaluation import LabelledRequest
 from export.gates import Reference, Thresholds
+from handlers.errors import GoldenError
 from handlers.golden import GoldenSample, GoldenSet
 from handlers.model import ServedModel
 
@@ -22,6 +24,9 @@ def choose_golden(
 
     Returns:
         The samples with the reference's outputs, and the request bodies by path within the archive.
+
+    Raises:
+        GateError: If the artifact does not repeat them: no worker would ever become ready with it.
     """
     firsts: list[LabelledRequest] = []
     rest: list[LabelledRequest] = []
@@ -31,10 +36,17 @@ def choose_golden(
         seen.add(request.label)
     samples = []
     files = {}
+    outputs = []
+    labels = []
     for i, request in enumerate((firsts + rest)[:MAX_SAMPLES]):
         output = reference.run(served.decode(request.parts()))[0]
         name = f"golden/{i:03d}.{_EXTENSIONS[request.content_type]}"
         files[name] = request.body
+        (answer,) = served.answer([request.parts()])
+        if answer.error is not None:
+            raise GateError(f"the artifact fails on a golden sample, so there is no archive: {answer.error.message}")
+        outputs.append(answer.outputs[0])
+        labels.append(answer.body["label"])
         samples.append(
             GoldenSample(
                 file=name,
@@ -49,4 +61,8 @@ def choose_golden(
         atol=thresholds.atol,
         samples=tuple(samples),
     )
+    try:
+        golden.check(outputs, labels)
+    except GoldenError as error:
+        raise GateError(f"the artifact does not repeat its golden samples, so there is no archive: {error}") from error
     return golden, files

@@ -13,8 +13,9 @@ from export.archive import CONFIG_FILE, Archive, open_archive
 from export.errors import ArchiveError
 from export.provenance import PROVENANCE_FILE
 from handlers.digests import file_sha256
+from handlers.document import Section
 from handlers.errors import LoadError, SignatureError
-from handlers.golden import GOLDEN_FILE
+from handlers.golden import GOLDEN_FILE, GoldenSet
 from handlers.model import SIGNATURE_FILE, ServedModel
 from handlers.signature import Signature
 
@@ -70,20 +71,49 @@ def inspect_archive(path: Path, *, verify: bool = False) -> Inspection:
     archive = open_archive(path)
     try:
         signature = Signature.from_document(archive.read_json(SIGNATURE_FILE))
-        golden_samples = len(archive.read_json(GOLDEN_FILE)["samples"])
+        golden = GoldenSet.from_document(archive.read_json(GOLDEN_FILE), signature.outputs[0].name)
         provenance = archive.read_json(PROVENANCE_FILE)
         config = yaml.safe_load(archive.read(CONFIG_FILE))
-    except (KeyError, ValueError, TypeError, yaml.YAMLError, SignatureError) as error:
-        raise ArchiveError(f"{path} is not a whole torchport archive: {error}") from error
+        _check_whole(archive, signature, golden, provenance, config)
+    except (KeyError, ValueError, RecursionError, yaml.YAMLError, SignatureError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArchiveError(f"{path} is not a whole torchport archive: {reason}") from error
     return Inspection(
         archive=archive,
         sha256=file_sha256(path),
         signature=signature,
         provenance=provenance,
         config=config,
-        golden_samples=golden_samples,
+        golden_samples=len(golden.samples),
         golden_difference=replay_golden(archive) if verify else None,
     )
+
+
+def _check_whole(archive: Archive, signature: Signature, golden: GoldenSet, provenance: object, config: object) -> None:
+    """Digests say that nothing was changed, not that torchport wrote it: check what is read and shown.
+
+    Raises:
+        SignatureError: If a document breaks its schema.
+        KeyError: If a file that a document names is missing.
+    """
+    if signature.artifact is None:
+        raise SignatureError("signature.artifact is missing")
+    for file in (signature.artifact.file, *(sample.file for sample in golden.samples)):
+        if file not in archive.digests:
+            raise KeyError(f"{file} is missing")
+    Section(config, "config")
+    root = Section(provenance, "provenance")
+    checkpoint = root.section("checkpoint")
+    checkpoint.string("sha256")
+    metrics = checkpoint.section("metrics")
+    for name in metrics.names():
+        metrics.number(name)
+    for gate in root.sections("gates"):
+        gate.string("gate")
+        gate.string("detail")
+    versions = root.section("versions")
+    for name in versions.names():
+        versions.string(name)
 
 
 def replay_golden(archive: Archive) -> float:
@@ -96,10 +126,12 @@ def replay_golden(archive: Archive) -> float:
         ArchiveError: If the model does not load or answers differently.
     """
     with tempfile.TemporaryDirectory(prefix="torchport-inspect-") as folder:
-        archive.extract(Path(folder))
         try:
+            archive.extract(Path(folder))
             model = ServedModel.load(Path(folder), threads=1)
             model.warm_up()
             return model.replay(Path(folder))
         except LoadError as error:
             raise ArchiveError(f"{archive.path} does not give its golden answers here: {error}") from error
+        except OSError as error:
+            raise ArchiveError(f"{archive.path} cannot be unpacked: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from handlers.errors import SignatureError
 def shown(value: object) -> str:
     """A value for a message: short, on one line, whatever it is."""
     try:
-        text = repr(value)
+        text = repr(value).replace("\n", " ")  # a tensor's has lines
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits; lists nested beyond the stack
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."

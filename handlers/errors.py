@@ -90,3 +90,11 @@ class InferenceError(RequestError):
     """The model failed on a valid sample."""
 
     status = 500
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a runtime says, on one line of at most 300 characters: they quote tracebacks of their own."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        lines = lines[-1:]
+    return " ".join(lines)[:300] or type(error).__name__

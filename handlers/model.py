@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from handlers.backend import Backend, build_backend
 from handlers.classification import Classifier
-from handlers.errors import BackendError, GoldenError, InferenceError, LoadError, RequestError, SignatureError
+from handlers.errors import (
+    BackendError,
+    GoldenError,
+    InferenceError,
+    LoadError,
+    RequestError,
+    SignatureError,
+    one_line,
+)
 from handlers.golden import GoldenSet
 from handlers.image import FloatArray, ImageDecoder
 from handlers.request import Part, parse_request
@@ -110,7 +118,7 @@ class ServedModel:
                 try:
                     output = self.backend.run(self._zeros(size))
                 except Exception as error:  # whatever a runtime raises here, this worker must not become ready
-                    raise BackendError(f"the model fails on a batch of {size} zeros: {error}") from error
+                    raise BackendError(f"the model fails on a batch of {size} zeros: {one_line(error)}") from error
                 if output.shape != (size, classes):
                     raise BackendError(
                         f"the model gives the shape {output.shape} for a batch of {size}; "

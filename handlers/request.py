@@ -24,6 +24,8 @@ UNDECLARED_TYPES = ("", "application/octet-stream", "application/x-www-form-urle
 
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _ACCEPTED = "send image/png, image/jpeg or application/json"
+# `curl --data-binary @image.png` without -H declares a form, out of which TorchServe gets no bytes.
+_NO_FORM = f"{_ACCEPTED}, named in the Content-Type header (a form loses the bytes)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +88,7 @@ def parse_request(parts: Sequence[Part], *, max_samples: int) -> ParsedRequest:
         RequestError: If there is nothing that can be read as a sample.
     """
     if not parts:
-        raise MalformedError("empty_request", f"The request has no body; {_ACCEPTED}.")
+        raise MalformedError("empty_request", f"The request has no body; {_NO_FORM}.")
     size = sum(len(part.value) for part in parts if isinstance(part.value, bytes | bytearray))
     if size > MAX_REQUEST_BYTES:
         raise TooLargeError("request_too_large", f"The request has {size} bytes; the limit is {MAX_REQUEST_BYTES}.")
@@ -111,7 +113,7 @@ def _parse_part(part: Part) -> ParsedRequest:
         return _parse_json_value(part.value)
     data = bytes(part.value)
     if not data:
-        raise MalformedError("empty_request", f"The request body is empty; {_ACCEPTED}.")
+        raise MalformedError("empty_request", f"The request body is empty; {_NO_FORM}.")
     if part.content_type in JSON_TYPES:
         return _parse_json_value(_load_json(data))
     if part.content_type in IMAGE_TYPES or (part.content_type in UNDECLARED_TYPES and data.startswith(_IMAGE_MAGIC)):

@@ -44,6 +44,7 @@ class TorchScriptBackend:
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
         with torch.inference_mode():
-            output: torch.Tensor = self._module(torch.from_numpy(np.ascontiguousarray(batch)))
+            # A copy: a module that works in place must not change what a retry would run on.
+            output: torch.Tensor = self._module(torch.from_numpy(np.array(batch)))
         result: NDArray[np.float32] = output.numpy()
         return result

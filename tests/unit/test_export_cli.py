@@ -1,0 +1,132 @@
+"""The commands ``export`` and ``inspect``, in process, behind the boundary of all commands."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+import torchport
+from export.archive import open_archive
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(torchport.build_app(), [str(argument) for argument in arguments])
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
+    return document
+
+
+def sentence(result: Result) -> str:
+    """The one line on stderr of a command that failed because of its input."""
+    assert result.exit_code == 1, (result.stdout, result.stderr)
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def run_folder(checkpoint: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "brightness"
+    folder.mkdir()
+    shutil.copy(checkpoint, folder)
+    return folder
+
+
+def test_a_run_folder_becomes_an_archive_named_after_it_with_the_same_bytes_as_elsewhere(
+    run_folder: Path, evaluation_folder: Path, archive: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    document = last_json(run("export", run_folder, "--eval", evaluation_folder, "--out", store, "--json"))
+    assert document["ok"] is True
+    assert document["archive"] == str(store / "brightness.mar")
+    assert [gate["passed"] for gate in document["gates"]] == [True] * 4
+    assert document["evaluated"] == 12
+    assert (store / "brightness.mar").read_bytes() == archive.read_bytes()
+    assert [path.name for path in store.iterdir()] == ["brightness.mar"]
+
+
+def test_a_state_dict_needs_its_factory_and_signature_and_says_that_data_is_missing(
+    module: torch.nn.Module, signature_document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "module_of_a_stranger.py").write_text(
+        "from models.convnet import build_conv_classifier\n"
+        "def build(): return build_conv_classifier(in_channels=1, num_classes=3, widths=[4])\n"
+    )
+    # Labels that Rich would take for markup, and fail on.
+    signature_document["labels"] = ["[/INST]", "[red]", "c"]
+    (tmp_path / "signature.json").write_text(json.dumps(signature_document))
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds the current folder to it
+    assert "give --model package.module:factory" in sentence(run("export", "weights.pt", "--out", "store"))
+
+    arguments = ["--model", "module_of_a_stranger:build", "--signature", "signature.json", "--out", "store"]
+    result = run("export", "weights.pt", *arguments, "--version", "7")
+    assert result.exit_code == 0, result.stderr
+    assert "only random inputs were compared" in result.stdout
+    archive = open_archive(tmp_path / "store" / "weights.mar")
+    assert (archive.name, archive.version) == ("weights", "7")
+
+    described = run("inspect", "store/weights.mar")
+    assert described.exit_code == 0, described.stderr
+    assert "[/INST], [red], c" in described.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pt3"], "the format 'pt3' is not known; choose one of: torchscript, onnx"),
+        (["--precision", "fp8"], "the precision 'fp8' is not known; choose one of: fp32"),
+        (["--method", "guess"], "the method 'guess' is not known; choose one of: trace, script"),
+        (["--name", "a/b"], "the model name 'a/b' is not usable"),
+        (["--eval", "nowhere"], "there is no folder nowhere"),
+        (["--signature", "nowhere.yaml"], "the signature nowhere.yaml cannot be read: No such file"),
+        (["--model", "no_such_module:build"], "no_such_module:build cannot be imported"),
+    ],
+)
+def test_a_bad_option_gives_one_sentence(run_folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = run("export", run_folder, "--out", tmp_path / "store", *arguments)
+    assert sentence(result).startswith(f"Error: {message}")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_and_a_corrupt_checkpoint_give_one_sentence(run_folder: Path, tmp_path: Path) -> None:
+    assert "there is no checkpoint at" in sentence(run("export", tmp_path / "nope"))
+    path = run_folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is truncated, corrupt" in sentence(run("export", run_folder, "--out", tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_inspect_shows_an_archive_and_gives_it_as_json(archive: Path) -> None:
+    result = run("inspect", archive, "--json")
+    document = last_json(result)
+    assert (document["ok"], document["name"], document["golden_difference"]) == (True, "brightness", None)
+    assert "not replayed (use --verify)" in result.stdout
+
+
+def test_inspect_verify_replays_the_golden_samples(archive: Path) -> None:
+    result = run("inspect", archive, "--verify", "--json")
+    assert last_json(result)["golden_difference"] < 1e-4
+    assert "replayed: largest difference" in result.stdout
+
+
+def test_inspect_refuses_a_changed_archive_in_one_sentence(
+    archive: Path, tmp_path: Path, picture: Callable[[str], bytes]
+) -> None:
+    content = archive.read_bytes()
+    place = content.index(picture("dark")) + 20
+    (tmp_path / "changed.mar").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert "is damaged or not an archive" in sentence(run("inspect", tmp_path / "changed.mar"))
+    assert "there is no archive at" in sentence(run("inspect", tmp_path / "nope.mar"))
