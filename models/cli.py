@@ -21,13 +21,13 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run folder; an earlier run in it is replaced. (default: runs/<recipe name>)"),
+        typer.Option(help="The run folder; an earlier run in it is replaced.", show_default="runs/RECIPE"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")
     ] = False,
 ) -> dict[str, object]:
-    """Trains a recipe into a run folder."""
+    """Train a recipe into a run folder."""
     # torch and scikit-learn take seconds to import, and `--help` needs neither.
     from models.recipe import load_recipe  # noqa: PLC0415
     from models.session import EpochReport  # noqa: PLC0415

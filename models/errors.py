@@ -5,7 +5,17 @@ Every message is one plain sentence: what is wrong, with the value, and the reme
     ModelsError
     ├── RecipeError                    a recipe that cannot be read or does not make sense
     ├── ModelConfigError               arguments that no model can be built from
+    ├── TensorError                    a tensor that a model cannot take
+    │   ├── ShapeError
+    │   ├── DeviceMismatchError        a tensor on another device than the model's weights
+    │   └── NonFiniteError             NaN or infinity where there should be numbers
     ├── DeviceError                    a device this machine does not have
+    ├── DataError                      data that cannot be read, or that no training can use
+    │   ├── PictureError               an image file that cannot be used
+    │   └── TokenizerError             a tokenizer that cannot be trained or read
+    ├── BenchmarkError                 arguments that give no measurement
+    ├── EvaluationError                predictions and labels that do not fit, or nothing measured
+    ├── TrackingError                  TensorBoard or Weights & Biases that cannot be written to
     ├── RunFolderError                 a run folder that cannot be used
     │   └── ResumeError                --resume with a recipe other than the interrupted one
     ├── TrainingDivergedError          a loss or gradient that is NaN or infinite
@@ -32,8 +42,48 @@ class ModelConfigError(ModelsError):
     """Arguments that no model can be built from."""
 
 
+class TensorError(ModelsError):
+    """A tensor that a model cannot take, or should not have produced."""
+
+
+class ShapeError(TensorError):
+    """A tensor with the wrong number of axes, or an axis of the wrong size."""
+
+
+class DeviceMismatchError(TensorError):
+    """Tensors that are to be combined are not on the same device."""
+
+
+class NonFiniteError(TensorError):
+    """A tensor holds NaN or infinity."""
+
+
 class DeviceError(ModelsError):
     """A device this machine does not have."""
+
+
+class BenchmarkError(ModelsError):
+    """Arguments that give no measurement."""
+
+
+class EvaluationError(ModelsError):
+    """Predictions and labels that do not fit together, or nothing to measure."""
+
+
+class TrackingError(ModelsError):
+    """A place for metrics that is absent or cannot be written to."""
+
+
+class DataError(ModelsError):
+    """Data that cannot be read, or that no training can use; names the file, and the line if it is one row's fault."""
+
+
+class PictureError(DataError):
+    """An image file that cannot be read, or is no image of 8 bits a channel."""
+
+
+class TokenizerError(DataError):
+    """A tokenizer that cannot be trained, or a tokenizer.json that cannot be read."""
 
 
 class RunFolderError(ModelsError):

@@ -11,8 +11,9 @@ ModelFactory = Callable[..., nn.Module]
 """Called with a checkpoint's config as keyword arguments."""
 
 CONV_CLASSIFIER = "models.convnet:build_conv_classifier"
+TEXT_CLASSIFIER = "models.text_encoder:build_text_classifier"
 
-_KNOWN = (CONV_CLASSIFIER,)
+_KNOWN = (CONV_CLASSIFIER, TEXT_CLASSIFIER)
 
 
 def find_factory(import_path: str) -> ModelFactory:
