@@ -21,6 +21,7 @@ import deploy.cli
 import export.cli
 import loadtest.cli
 import models.cli
+import models.runs_cli
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -38,6 +39,7 @@ COMMANDS: tuple[tuple[str, CommandFunction], ...] = (
     ("demo", deploy.cli.demo),
     ("doctor", deploy.cli.doctor),
     ("train", models.cli.train),
+    ("runs", models.runs_cli.runs),
     ("export", export.cli.export),
     ("inspect", export.cli.inspect),
     ("serve", deploy.cli.serve),

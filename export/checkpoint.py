@@ -33,7 +33,12 @@ _PICKLE_MARK = b"\x80"
 
 # A checkpoint is data, and ``subprocess:run`` is an import path too: it may name torchport's own functions only.
 # Any other factory or data set has to be named by the user, who knows whose code it is.
-_OWN_FUNCTIONS = ("models.convnet:build_conv_classifier", "models.digits:evaluation_samples")
+_OWN_FUNCTIONS = (
+    "models.convnet:build_conv_classifier",
+    "models.text_encoder:build_text_classifier",
+    "models.digits:evaluation_samples",
+    "models.image_folder:evaluation_samples",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,18 @@ class Batch:
             ids=self.ids,
         )
 
+    def split(self, parts: int) -> list[Self]:
+        """The batch in parts of almost equal size, fewer when it has fewer samples."""
+        size = -(-len(self) // parts)
+        return [
+            type(self)(
+                inputs={name: tensor[start : start + size] for name, tensor in self.inputs.items()},
+                labels=self.labels[start : start + size],
+                ids=self.ids[start : start + size],
+            )
+            for start in range(0, len(self), size)
+        ]
+
     def pin_memory(self) -> Self:
         """DataLoader's hook for a type of its own."""
         return type(self)(

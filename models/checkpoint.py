@@ -37,8 +37,11 @@ class Checkpoint:
     evaluation: dict[str, Any]
     """"source" and "options": where the samples behind `metrics` come from."""
 
+    files: dict[str, str]
+    """What the model cannot do without, by file name, such as its tokenizer.json; text."""
+
     metrics: dict[str, Any]
-    """"accuracy", "loss" and "samples", of these weights."""
+    """"accuracy", "loss", "macro_f1", "weighted_f1" and "samples", of these weights."""
 
     epoch: int
     """Epochs these weights have been trained for."""

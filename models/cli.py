@@ -1,17 +1,24 @@
 """`torchport train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from models.recipe import Recipe
+    from models.training import TrainingResult
 
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A built-in recipe (digits) or the path of a YAML file.", show_default=False)
+        str,
+        typer.Argument(
+            help="A built-in recipe (digits, tickets, sst2, ag_news, image_folder) or the path of a YAML file.",
+            show_default=False,
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -24,63 +31,69 @@ def train(
         typer.Option(help="The run folder; an earlier run in it is replaced.", show_default="runs/RECIPE"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run from its last finished epoch.")
+        bool, typer.Option("--resume", help="Continue an interrupted run from where it was last saved.")
+    ] = False,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Processes that train together, one core or GPU each at least.")
+    ] = 1,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows and images that cannot be used, and count them.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Record where the time of some steps goes, into RUN/profile.")
     ] = False,
 ) -> dict[str, object]:
     """Train a recipe into a run folder."""
     # torch and scikit-learn take seconds to import, and `--help` needs neither.
     from models.recipe import load_recipe  # noqa: PLC0415
-    from models.session import EpochReport  # noqa: PLC0415
-    from models.training import train as run_training  # noqa: PLC0415
 
-    loaded = load_recipe(recipe, overrides or [])
+    skip = ["data.skip_bad_rows=true"] if skip_bad_rows else []
+    loaded = load_recipe(recipe, [*(overrides or []), *skip])
     run_dir = out or Path("runs") / loaded.name
-    with _progress() as progress:
-        task = progress.add_task(loaded.name, total=loaded.trainer.epochs, loss="-", accuracy="-")
-
-        def show(report: EpochReport) -> None:
-            progress.update(
-                task,
-                completed=report.epoch,
-                loss=f"{report.train.loss:.4f}",
-                accuracy=f"{report.validation.accuracy:.4f}",
-            )
-
-        result = run_training(loaded, run_dir, resume=resume, on_epoch=show)
-
-    table = Table(show_header=False, title=f"Trained {loaded.name}", title_justify="left")
-    table.add_row("held-out accuracy", f"{result.accuracy:.4f} of {result.samples} samples")
-    table.add_row("epochs", f"{loaded.trainer.epochs}, the best was {result.best_epoch}")
-    if result.resumed_after_epoch:
-        table.add_row("resumed", f"after epoch {result.resumed_after_epoch}")
-    table.add_row("parameters", f"{result.parameters:,}")
-    table.add_row("time", f"{result.seconds:.1f} s on {result.device}")
-    table.add_row("checkpoint", str(result.checkpoint_path))
-    Console().print(table)
+    result = _train(loaded, run_dir, resume=resume, nproc=nproc, profile=profile)
+    _print_result(loaded, result)
     return {
         "ok": True,
         "run": str(run_dir),
         "checkpoint": str(result.checkpoint_path),
         "accuracy": result.accuracy,
+        "macro_f1": result.report.macro_f1,
         "loss": result.loss,
         "samples": result.samples,
+        "epochs": result.epochs,
         "best_epoch": result.best_epoch,
         "resumed_after_epoch": result.resumed_after_epoch,
         "parameters": result.parameters,
         "device": result.device,
+        "skipped_rows": result.skipped_rows,
         "seconds": round(result.seconds, 3),
     }
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("validation accuracy {task.fields[accuracy]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+def _train(recipe: "Recipe", run_dir: Path, *, resume: bool, nproc: int, profile: bool) -> "TrainingResult":
+    if nproc > 1:
+        from models.launch import train_in_processes  # noqa: PLC0415
+
+        return train_in_processes(recipe, run_dir, processes=nproc, resume=resume, profile=profile)
+    from models.progress import training_progress  # noqa: PLC0415
+    from models.training import train as train_here  # noqa: PLC0415
+
+    with training_progress(recipe.name) as observer:
+        return train_here(recipe, run_dir, resume=resume, profile=profile, observer=observer)
+
+
+def _print_result(recipe: "Recipe", result: "TrainingResult") -> None:
+    table = Table(show_header=False, title=f"Trained {recipe.name}", title_justify="left")
+    table.add_row("held-out accuracy", f"{result.accuracy:.4f} of {result.samples} samples")
+    table.add_row("macro F1", f"{result.report.macro_f1:.4f}")
+    stopped = result.epochs < recipe.trainer.epochs
+    table.add_row("epochs", f"{result.epochs}{' (stopped early)' if stopped else ''}, the best was {result.best_epoch}")
+    if result.resumed_after_epoch:
+        table.add_row("resumed", f"after epoch {result.resumed_after_epoch}")
+    if result.skipped_rows:
+        table.add_row("skipped rows", f"{result.skipped_rows:,}")
+    table.add_row("parameters", f"{result.parameters:,}")
+    table.add_row("time", f"{result.seconds:.1f} s on {result.device}")
+    table.add_row("checkpoint", str(result.checkpoint_path))
+    table.add_row("model card", str(result.checkpoint_path.with_name("model_card.md")))
+    Console().print(table)

@@ -42,6 +42,9 @@ def build_loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=count,
+        # Each pass over a loader draws a seed for its workers. Out of torch's global generator it would change the
+        # dropout of a training that is resumed inside an epoch.
+        generator=torch.Generator().manual_seed(0),
         pin_memory=device.type == "cuda",
         persistent_workers=count > 0,
     )

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from models.images import ImageDataset, LabelledImages, pixel_statistics
+from models.dataset import Dataset
+from models.images import ImageDataset, LabelledImages, pixel_statistics, to_dataset
 
 EVALUATION_SOURCE = "models.digits:evaluation_samples"
 """Import path of `evaluation_samples`, as a checkpoint names it."""
@@ -52,6 +53,15 @@ def load_digits_dataset(*, seed: int, held_out_fraction: float = 0.2, validation
         mean=mean,
         std=std,
     )
+
+
+def build_digits_dataset(*, seed: int, held_out_fraction: float = 0.2, validation_fraction: float = 0.1) -> Dataset:
+    """Loads the digits as training takes them; arguments as in `load_digits_dataset`."""
+    options = {"seed": seed, "held_out_fraction": held_out_fraction, "validation_fraction": validation_fraction}
+    images = load_digits_dataset(
+        seed=seed, held_out_fraction=held_out_fraction, validation_fraction=validation_fraction
+    )
+    return to_dataset(images, evaluation={"source": EVALUATION_SOURCE, "options": options})
 
 
 def evaluation_samples(

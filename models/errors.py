@@ -19,6 +19,7 @@ Every message is one plain sentence: what is wrong, with the value, and the reme
     ├── RunFolderError                 a run folder that cannot be used
     │   └── ResumeError                --resume with a recipe other than the interrupted one
     ├── TrainingDivergedError          a loss or gradient that is NaN or infinite
+    ├── LaunchError                    a process of a training in several that failed
     └── CheckpointError
         ├── CheckpointNotFoundError
         ├── CheckpointWriteError
@@ -26,6 +27,11 @@ Every message is one plain sentence: what is wrong, with the value, and the reme
         ├── CheckpointFormatError      a sound PyTorch file, but not one that torchport reads
         └── CheckpointMismatchError    weights that do not fit the model
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.batch import Batch
 
 
 class ModelsError(Exception):
@@ -95,7 +101,22 @@ class ResumeError(RunFolderError):
 
 
 class TrainingDivergedError(ModelsError):
-    """A loss or a gradient is no longer a finite number."""
+    """A loss or a gradient is no longer a finite number.
+
+    Args:
+        message: the sentence.
+        step: that was not taken, from 1.
+        batch: that it was computed from.
+    """
+
+    def __init__(self, message: str, *, step: int, batch: "Batch") -> None:
+        super().__init__(message)
+        self.step = step
+        self.batch = batch
+
+
+class LaunchError(ModelsError):
+    """A process of a training in several failed; the message is its own."""
 
 
 class CheckpointError(ModelsError):

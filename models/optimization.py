@@ -1,8 +1,11 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer and its learning-rate schedules."""
+
+import math
+from typing import Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from models.errors import RecipeError
 
@@ -19,6 +22,8 @@ _NORMS = (
     nn.RMSNorm,
 )
 _MIN_STEPS = 4
+
+ScheduleName = Literal["one_cycle", "warmup_cosine"]
 
 
 def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: float) -> AdamW:
@@ -38,6 +43,47 @@ def build_optimizer(model: nn.Module, *, learning_rate: float, weight_decay: flo
         {"params": [p for p in trainable if id(p) in exempt_ids], "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=learning_rate)
+
+
+def build_scheduler(
+    name: ScheduleName, optimizer: Optimizer, *, max_learning_rate: float, total_steps: int, warmup_fraction: float
+) -> LRScheduler:
+    """Builds a schedule that is stepped after every optimizer step.
+
+    Args:
+        name: which one.
+        optimizer: whose learning rate it sets.
+        max_learning_rate: the peak.
+        total_steps: of the whole training.
+        warmup_fraction: share of them until the peak.
+
+    Raises:
+        RecipeError: when there are too few steps.
+    """
+    build = {"one_cycle": build_one_cycle, "warmup_cosine": build_warmup_cosine}[name]
+    return build(
+        optimizer, max_learning_rate=max_learning_rate, total_steps=total_steps, warmup_fraction=warmup_fraction
+    )
+
+
+def build_warmup_cosine(
+    optimizer: Optimizer, *, max_learning_rate: float, total_steps: int, warmup_fraction: float
+) -> LambdaLR:
+    """A straight line up to the peak, then half a cosine down to zero (Loshchilov and Hutter, arXiv:1608.03983).
+
+    Unlike one-cycle it leaves the momentum alone, and starts from zero.
+    """
+    warmup_steps = max(1, round(warmup_fraction * total_steps))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = max_learning_rate
+    return LambdaLR(optimizer, factor)
 
 
 def build_one_cycle(

@@ -10,6 +10,8 @@ from pydantic_core import ErrorDetails
 from models.errors import RecipeError
 from models.recipe_yaml import Override
 
+_SECTIONS_WITH_VARIANTS = ("data", "model")
+
 
 def explain(
     error: ValidationError, *, source: str, overrides: Sequence[Override], valid_keys: Sequence[str]
@@ -25,15 +27,25 @@ def explain(
     findings = error.errors(include_url=False)
     # A misspelt key also makes the right one missing: report the misspelling.
     finding = min(findings, key=lambda found: found["type"] != "extra_forbidden")
-    key = _dotted(finding["loc"])
+    if finding["type"] == "value_error":  # a check across fields, whose sentence is complete
+        return RecipeError(str(finding["ctx"]["error"]))
+    key = _dotted(_without_variant(finding["loc"]))
     place = _blame(key, source, overrides)
     if finding["type"] == "extra_forbidden":
         return RecipeError(f"There is no key {key} in a recipe ({place}); {_suggest(key, valid_keys)}")
     if finding["type"] == "missing":
         return RecipeError(f"The recipe {source} has no {key}; add it, or set it with -s {key}=VALUE.")
+    if finding["type"] == "union_tag_invalid":
+        choices = finding["ctx"]["expected_tags"].replace("'", "")
+        return RecipeError(f"{key}.name is {finding['ctx']['tag']!r} in {place}; it must be one of {choices}.")
     if finding["type"] == "invalid_key":
         return RecipeError(f"The recipe {source} has the key {finding['input']!r}; keys must be text.")
     return RecipeError(f"{key} is {_shown(finding['input'])} in {place}; it must {_expected(finding)}.")
+
+
+def _without_variant(location: Sequence[int | str]) -> Sequence[int | str]:
+    """Pydantic puts the variant's name into the path: ("data", "text", "train") -> ("data", "train")."""
+    return (location[0], *location[2:]) if len(location) > 1 and location[0] in _SECTIONS_WITH_VARIANTS else location
 
 
 def _expected(finding: ErrorDetails) -> str:
@@ -41,6 +53,7 @@ def _expected(finding: ErrorDetails) -> str:
     message = finding["msg"]
     in_yaml_terms = {
         "model_type": "be a section with keys of its own",
+        "model_attributes_type": "be a section with keys of its own",
         "tuple_type": "be a list",
         "too_short": "hold at least one item",
         "string_pattern_mismatch": "start with a letter or digit and hold only letters, digits, '.', '_' and '-'",

@@ -26,7 +26,7 @@ def runs(
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where the runs are.")] = Path("runs"),
 ) -> dict[str, Any]:
-    """Lists the runs in a folder, the newest first, or compares two or more of them."""
+    """List the runs in a folder, the newest first, or compare two or more of them."""
     from models.runs import compare_runs, list_runs  # noqa: PLC0415 - `--help` needs no YAML
 
     console = Console()

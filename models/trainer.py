@@ -1,19 +1,26 @@
-"""One pass over the data: forwards, backwards, step; and the measuring of it."""
+"""Training steps: forwards, backwards, step; and the measuring of a model."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from models.batch import Batch
+from models.distributed import ALONE, Processes
 from models.errors import TrainingDivergedError
+from models.evaluation import ClassificationReport, ConfusionMatrix
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(inputs [B, ...], labels [B] int64) each; a DataLoader is one."""
+Precision = Literal["fp32", "bf16", "fp16"]
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The scale of fp16 losses starts high and is halved until gradients fit: some skipped steps are normal, more are not.
+_MOST_SKIPPED_IN_A_ROW = 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,28 +38,60 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """How well a classifier does on a set of samples."""
+class StepMetrics:
+    """What one step was like."""
 
-    accuracy: float
-    """Share of samples whose largest logit is the label's."""
+    step: int
+    """From 1, over all epochs."""
 
     loss: float
-    """Mean cross-entropy, in nats."""
+    """Mean cross-entropy of the batch, in nats; of all processes together."""
 
-    samples: int
-    """How many were measured."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping."""
+
+    learning_rate: float
+    """Of this step."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """An epoch's running sums; saved with a checkpoint in its middle."""
+
+    loss: float = 0.0
+    samples: int = 0
+    grad_norm: float = 0.0
+    steps: int = 0
+    learning_rate: float = 0.0
+
+    def add(self, metrics: StepMetrics, samples: int) -> None:
+        self.loss += metrics.loss * samples
+        self.samples += samples
+        self.grad_norm += metrics.grad_norm
+        self.steps += 1
+        self.learning_rate = metrics.learning_rate
+
+    def mean(self) -> EpochMetrics:
+        return EpochMetrics(
+            loss=self.loss / self.samples,
+            grad_norm=self.grad_norm / self.steps,
+            learning_rate=self.learning_rate,
+        )
 
 
 class Trainer:
-    """Trains a classifier with cross-entropy, a step per batch.
+    """Trains a classifier with cross-entropy, one step a batch.
 
     Args:
-        model: maps inputs [B, ...] to logits [B, K]; moved to the device.
+        model: maps a batch's inputs to logits [B, K]; moved to the device.
         optimizer: of the model's parameters.
-        scheduler: stepped after every batch.
+        scheduler: stepped after every step; None for a constant learning rate.
         max_grad_norm: longer gradients are clipped to this L2 norm.
         device: where batches go.
+        precision: fp32; bf16, or fp16 with a scaled loss, for what torch's autocast deems safe in them.
+        accumulation: parts that a batch is computed in, one after the other, to need less memory. The step is that
+            of the whole batch: each part counts by its samples.
+        processes: those that share each batch.
     """
 
     def __init__(
@@ -60,82 +99,136 @@ class Trainer:
         model: nn.Module,
         *,
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        scheduler: LRScheduler | None,
         max_grad_norm: float,
         device: torch.device,
+        precision: Precision = "fp32",
+        accumulation: int = 1,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model.to(device)
         self.steps = 0
+        self._parallel = processes.wrap(self.model, device)
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._max_grad_norm = max_grad_norm
         self._device = device
+        self._autocast_dtype = _AUTOCAST_DTYPES.get(precision)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._accumulation = accumulation
+        self._processes = processes
+        self._skipped_in_a_row = 0
+        self._sums = _Sums()
 
-    def train_epoch(self, batches: Batches) -> EpochMetrics:
+    def train_epoch(
+        self, batches: Iterable[Batch], *, on_step: Callable[[StepMetrics], None] = lambda _: None
+    ) -> EpochMetrics:
         """Takes one step per batch.
+
+        Args:
+            batches: an epoch, or what is left of one after `load_state_dict`.
+            on_step: called after each step, when the trainer can be saved.
 
         Raises:
             TrainingDivergedError: when a loss or gradient is not finite; that step is not taken.
         """
         self.model.train()
-        losses: list[tuple[float, int]] = []
-        grad_norms: list[float] = []
-        learning_rate = 0.0
-        for inputs, labels in batches:
-            learning_rate = float(self._optimizer.param_groups[0]["lr"])
-            loss, grad_norm = self._step(inputs, labels)
-            losses.append((loss, len(labels)))
-            grad_norms.append(grad_norm)
-        return EpochMetrics(
-            loss=sum(loss * count for loss, count in losses) / sum(count for _, count in losses),
-            grad_norm=sum(grad_norms) / len(grad_norms),
-            learning_rate=learning_rate,
-        )
+        for batch in batches:
+            metrics = self._step(batch)
+            self._sums.add(metrics, len(batch))
+            on_step(metrics)
+        epoch = self._sums.mean()
+        self._sums = _Sums()
+        return epoch
 
-    def evaluate(self, batches: Batches) -> Evaluation:
-        """Measures the model without changing it."""
+    def evaluate(self, batches: Iterable[Batch], *, class_names: Sequence[str]) -> ClassificationReport:
+        """Measures the model without changing it; over the batches of all processes, with the same result on each."""
         self.model.eval()
-        loss, correct, samples = 0.0, 0, 0
+        confusion = ConfusionMatrix(class_names, device=self._device)
         with torch.inference_mode():
-            for inputs, cpu_labels in batches:
-                labels = cpu_labels.to(self._device)
-                logits = self.model(inputs.to(self._device))
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                correct += int((logits.argmax(dim=1) == labels).sum().item())
-                samples += len(labels)
-        return Evaluation(accuracy=correct / samples, loss=loss / samples, samples=samples)
+            for batch in batches:
+                moved = batch.to(self._device)
+                confusion.update(self._forward(self.model, moved), moved.labels)
+        confusion.counts.copy_(self._processes.sum(confusion.counts))
+        confusion.loss_sum.copy_(self._processes.sum(confusion.loss_sum))
+        return confusion.report()
 
     def state_dict(self) -> dict[str, Any]:
         """All but the weights that the next step depends on."""
         return {
             "steps": self.steps,
             "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "sums": asdict(self._sums),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from where `state_dict` was called; the model's weights are loaded separately."""
         self.steps = state["steps"]
         self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._sums = _Sums(**state["sums"])
 
-    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Returns the loss and the norm of its gradient before clipping."""
+    def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits [B, K]."""
+        with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            logits: Tensor = model(**batch.inputs)
+        return logits
+
+    def _step(self, batch: Batch) -> StepMetrics:
+        learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.zero_grad(set_to_none=True)
-        logits = self.model(inputs.to(self._device))
-        loss = F.cross_entropy(logits, labels.to(self._device))
-        self._require_finite("loss", loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(batch.to(self._device))
+        self._scaler.unscale_(self._optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
-        self._require_finite("gradient norm", grad_norm)
-        self._optimizer.step()
-        self._scheduler.step()
+        mean_loss = self._processes.sum(loss) / self._processes.world_size
+        self._require_finite(batch, mean_loss, grad_norm)
+        if self._optimizer_step(grad_norm) and self._scheduler is not None:
+            self._scheduler.step()
         self.steps += 1
-        return loss.item(), grad_norm.item()
+        return StepMetrics(
+            step=self.steps, loss=mean_loss.item(), grad_norm=grad_norm.item(), learning_rate=learning_rate
+        )
 
-    def _require_finite(self, quantity: str, value: Tensor) -> None:
-        if not torch.isfinite(value):
+    def _backward(self, batch: Batch) -> Tensor:
+        """Adds up the gradients of all parts of a batch; returns its mean loss, detached."""
+        total = torch.zeros((), device=self._device)
+        parts = batch.split(self._accumulation)
+        for number, part in enumerate(parts, start=1):
+            with self._no_sync(last=number == len(parts)):
+                logits = self._forward(self._parallel, part)
+                loss = F.cross_entropy(logits.float(), part.labels) * (len(part) / len(batch))
+                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _no_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Processes exchange gradients once a step, with the last part."""
+        if isinstance(self._parallel, DistributedDataParallel) and not last:
+            return self._parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def _optimizer_step(self, grad_norm: Tensor) -> bool:
+        """Takes the step unless fp16 gradients overflowed; tells whether it did."""
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        taken = not self._scaler.is_enabled() or bool(torch.isfinite(grad_norm))
+        self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
+        return taken
+
+    def _require_finite(self, batch: Batch, loss: Tensor, grad_norm: Tensor) -> None:
+        overflows = self._scaler.is_enabled() and self._skipped_in_a_row < _MOST_SKIPPED_IN_A_ROW
+        for quantity, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if torch.isfinite(value) or (quantity == "gradient norm" and overflows):
+                continue
             raise TrainingDivergedError(
                 f"The {quantity} became {value.item()} at step {self.steps + 1}, with a learning rate of "
-                f"{self._optimizer.param_groups[0]['lr']:.3g}; lower optimizer.learning_rate or look for bad inputs."
+                f"{self._optimizer.param_groups[0]['lr']:.3g}; lower optimizer.learning_rate or look for bad inputs.",
+                step=self.steps + 1,
+                batch=batch,
             )

@@ -1,20 +1,35 @@
 """From a recipe to a run folder."""
 
-import dataclasses
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from models.assembly import build_dataset
 from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.dataset import Dataset
 from models.device import resolve_device
-from models.digits import load_digits_dataset
-from models.errors import CheckpointFormatError, ResumeError
+from models.distributed import Processes, process_group, read_processes
+from models.errors import CheckpointFormatError, ResumeError, TrainingDivergedError
+from models.evaluation import ClassificationReport
+from models.model_card import ModelCard, render_model_card
+from models.profiling import build_profiler
 from models.recipe import Recipe
 from models.reproducibility import reproducible
 from models.run_folder import RunFolder
+from models.runs import flatten
 from models.session import EpochReport, Session
+from models.tensor_file import write_tensor_file
+from models.tracking import Tracker, build_tracker, scalars
+from models.trainer import StepMetrics
+
+_RUN_FORMAT_VERSION = 1
+_IDS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,20 +39,17 @@ class TrainingResult:
     checkpoint_path: Path
     """The best epoch's weights."""
 
-    accuracy: float
+    report: ClassificationReport
     """On the held-out split."""
-
-    loss: float
-    """On the held-out split, in nats."""
-
-    samples: int
-    """In the held-out split."""
 
     best_epoch: int
     """The epoch whose weights were kept."""
 
+    epochs: int
+    """That were trained."""
+
     resumed_after_epoch: int
-    """0 for a training from the start."""
+    """Whole epochs that a resumed training had behind it; 0 for one from the start."""
 
     parameters: int
     """Trainable numbers in the model."""
@@ -45,8 +57,40 @@ class TrainingResult:
     device: str
     """Where it was trained."""
 
+    skipped_rows: int
+    """Bad rows that were left out."""
+
     seconds: float
     """All of this call."""
+
+    @property
+    def accuracy(self) -> float:
+        """On the held-out split."""
+        return self.report.accuracy
+
+    @property
+    def loss(self) -> float:
+        """On the held-out split, in nats."""
+        return self.report.loss
+
+    @property
+    def samples(self) -> int:
+        """In the held-out split."""
+        return self.report.samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observer:
+    """Who is told how a training goes; in the main process only."""
+
+    on_start: Callable[[int, int], None] = lambda total_steps, steps_done: None
+    """With all steps of the training, and those that a resumed one has behind it."""
+
+    on_step: Callable[[StepMetrics], None] = lambda _: None
+    """After each step."""
+
+    on_epoch: Callable[[EpochReport], None] = lambda _: None
+    """After each epoch, once it can be resumed from."""
 
 
 def train(
@@ -54,9 +98,12 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
-    on_epoch: Callable[[EpochReport], None] = lambda _: None,
+    profile: bool = False,
+    observer: Observer | None = None,
 ) -> TrainingResult:
     """Trains a recipe; the same recipe gives a byte-identical checkpoint.pt on the same machine.
+
+    Under torchrun each process calls it; the first one writes.
 
     Args:
         recipe: what to train.
@@ -64,53 +111,231 @@ def train(
             one step, and its checkpoint.pt last: a kill at any moment leaves the old one or the new one.
         resume: continue the training that last.pt in `run_dir` holds, to the bits it would have ended with.
             Without a last.pt it starts from the beginning, so that a restarted job can always say `--resume`.
-        on_epoch: called after each epoch, once it can be resumed from.
+        profile: record where the time of some steps goes; see `models.profiling`.
+        observer: is told how it goes.
 
     Raises:
         ModelsError: see `models.errors`.
     """
-    started = time.perf_counter()
-    device = resolve_device(recipe.trainer.device)
+    processes = read_processes()
+    device = resolve_device(recipe.trainer.device, local_rank=processes.local_rank)
     run = RunFolder(run_dir)
-    with run.exclusive(), reproducible(recipe.seed, device, threads=recipe.trainer.threads):
-        dataset = load_digits_dataset(
-            seed=recipe.seed,
-            held_out_fraction=recipe.data.held_out_fraction,
-            validation_fraction=recipe.data.validation_fraction,
-        )
-        session = Session(recipe, dataset, device)
-        if resume and run.last.exists():
-            session.restore(_load_resumable(run, recipe), run.last)
+    with (
+        process_group(processes, device),
+        run.exclusive(needed=processes.is_main),
+        reproducible(recipe.seed, device, threads=recipe.trainer.threads),
+    ):
+        training = _Training(recipe, run, device, processes, observer or Observer())
+        return training.run(resume=processes.from_main(resume and run.last.exists()), profile=profile)
+
+
+class _Training:
+    """One call of `train`: what is written when."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, device: torch.device, processes: Processes, observer: Observer
+    ) -> None:
+        self._started = time.perf_counter()
+        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._recipe = recipe
+        self._run = run
+        self._device = device
+        self._processes = processes
+        self._observer = observer
+        self._dataset = build_dataset(recipe)
+        self._session = Session(recipe, self._dataset, device, processes=processes)
+
+    def run(self, *, resume: bool, profile: bool) -> TrainingResult:
+        """Trains to the end."""
+        session, run = self._session, self._run
+        if resume:
+            session.restore(_load_resumable(run, self._recipe, self._processes), run.last)
         resumed_after_epoch = session.epoch
-        run.start(recipe.as_dict(), after_epoch=resumed_after_epoch)
-        while session.epoch < recipe.trainer.epochs:
-            report = session.run_epoch()
+        is_main = self._processes.is_main
+        if is_main:
+            run.start(self._recipe.as_dict(), self._dataset.files, after_epoch=resumed_after_epoch)
+            run.write_facts(self._facts("running", result=None))
+            self._observer.on_start(session.total_steps, session.steps_done)
+        tracker = self._build_tracker(after_epoch=resumed_after_epoch) if is_main else Tracker()
+        profiler = build_profiler(run.path, device=self._device, enabled=profile and is_main)
+        with tracker, profiler:
+
+            def after_step(metrics: StepMetrics) -> None:
+                profiler.step()
+                every = self._recipe.trainer.save_every_steps
+                if every is not None and session.batches_done % every == 0:
+                    self._save_resumable()
+                if is_main:
+                    self._observer.on_step(metrics)
+
+            while not session.is_finished:
+                self._run_epoch(after_step, tracker)
+        return self._finish(resumed_after_epoch)
+
+    def _run_epoch(self, after_step: Callable[[StepMetrics], None], tracker: Tracker) -> None:
+        try:
+            report = self._session.run_epoch(on_step=after_step)
+        except TrainingDivergedError as error:
+            raise self._dump(error) from error
+        if self._processes.is_main:
             # Metrics first: a kill in between leaves a line too many, which a resume removes.
-            run.append_metrics(dataclasses.asdict(report))
-            save_checkpoint(session.resumable_checkpoint(report), run.last)
-            on_epoch(report)
-        checkpoint = session.final_checkpoint()
-        save_checkpoint(checkpoint, run.checkpoint)
-    return TrainingResult(
-        checkpoint_path=run.checkpoint,
-        **checkpoint.metrics,
-        best_epoch=checkpoint.epoch,
-        resumed_after_epoch=resumed_after_epoch,
-        parameters=session.parameter_count,
-        device=str(device),
-        seconds=time.perf_counter() - started,
-    )
+            self._run.append_metrics(report.as_dict())
+            tracker.write(scalars(report.as_dict()), report.epoch)
+            self._save_epoch(report)
+        self._save_resumable()
+        if self._processes.is_main:
+            self._observer.on_epoch(report)
+
+    def _save_epoch(self, report: EpochReport) -> None:
+        checkpoint = self._session.epoch_checkpoint()
+        if report.improved:
+            save_checkpoint(checkpoint, self._run.best)
+        if self._recipe.trainer.keep_epochs:
+            kept = self._session.keep_epochs()
+            if report.epoch in kept:
+                save_checkpoint(checkpoint, self._run.epoch(report.epoch))
+            self._run.keep_only(kept)
+
+    def _save_resumable(self) -> None:
+        checkpoint = self._session.resumable_checkpoint()
+        if self._processes.is_main:
+            save_checkpoint(checkpoint, self._run.last)
+
+    def _finish(self, resumed_after_epoch: int) -> TrainingResult:
+        checkpoint, report = self._session.final_checkpoint()
+        seconds = time.perf_counter() - self._started
+        if self._processes.is_main:
+            result = {**report.as_dict(), "best_epoch": checkpoint.epoch, "epochs": self._session.epoch}
+            self._run.write_card(render_model_card(self._card(checkpoint, report, seconds)))
+            save_checkpoint(checkpoint, self._run.checkpoint)
+            self._run.write_facts(self._facts("finished", result=result))
+        return TrainingResult(
+            checkpoint_path=self._run.checkpoint,
+            report=report,
+            best_epoch=checkpoint.epoch,
+            epochs=self._session.epoch,
+            resumed_after_epoch=resumed_after_epoch,
+            parameters=self._session.parameter_count,
+            device=str(self._device),
+            skipped_rows=self._dataset.skipped_rows,
+            seconds=seconds,
+        )
+
+    def _dump(self, error: TrainingDivergedError) -> TrainingDivergedError:
+        """Saves what is needed to look into a step that went wrong, and says where it is."""
+        ids = error.batch.ids.tolist()
+        shown = ", ".join(map(str, ids[:_IDS_SHOWN])) + (
+            f" and {len(ids) - _IDS_SHOWN} more" if len(ids) > _IDS_SHOWN else ""
+        )
+        # Every process has its own share of the batch; the others' are named by its rank.
+        path = self._run.diverged
+        if not self._processes.is_main:
+            path = path.with_name(f"diverged-{self._processes.rank}.pt")
+        content = {
+            "message": str(error),
+            "step": error.step,
+            "ids": error.batch.ids,
+            "inputs": error.batch.inputs,
+            "labels": error.batch.labels,
+            "state_dict": self._session.weights(),
+            "training": self._session.trainer_state(),
+            "recipe": self._recipe.as_dict(),
+        }
+        write_tensor_file(content, path)
+        return TrainingDivergedError(
+            f"{error} The batch (training samples {shown}) and the weights before the step are in {path}.",
+            step=error.step,
+            batch=error.batch,
+        )
+
+    def _build_tracker(self, *, after_epoch: int) -> Tracker:
+        return build_tracker(
+            self._run.path,
+            name=self._recipe.name,
+            settings=self._recipe.as_dict(),
+            after_epoch=after_epoch,
+            wandb_project=self._recipe.tracking.wandb_project,
+        )
+
+    def _facts(self, state: str, *, result: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What run.json says."""
+        session, dataset = self._session, self._dataset
+        return {
+            "format": "torchport-run",
+            "format_version": _RUN_FORMAT_VERSION,
+            "name": self._recipe.name,
+            "state": state,
+            "command": self._command(),
+            "git_revision": session.git_revision,
+            "versions": session.versions,
+            "data": {
+                "name": self._recipe.data.name,
+                "digest": dataset.digest,
+                "splits": _split_sizes(dataset),
+                "skipped_rows": dataset.skipped_rows,
+            },
+            "device": str(self._device),
+            "processes": self._processes.world_size,
+            "precision": self._recipe.trainer.precision,
+            "parameters": session.parameter_count,
+            "started_at": self._started_at,
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "result": result,
+        }
+
+    def _command(self) -> str:
+        """What trains the same again: recipe.yaml is the recipe as resolved."""
+        words = ["torchport", "train", str(self._run.recipe)]
+        words += ["--nproc", str(self._processes.world_size)] if self._processes.world_size > 1 else []
+        return shlex.join(words)
+
+    def _card(self, checkpoint: Checkpoint, report: ClassificationReport, seconds: float) -> ModelCard:
+        recipe, session = self._recipe, self._session
+        optimizer = recipe.optimizer
+        return ModelCard(
+            name=recipe.name,
+            task=str(checkpoint.signature["task"]),
+            class_names=self._dataset.class_names,
+            architecture=checkpoint.model["factory"],
+            model_config=checkpoint.model["config"],
+            parameters=session.parameter_count,
+            data_name=recipe.data.name,
+            splits=_split_sizes(self._dataset),
+            data_digest=self._dataset.digest,
+            skipped_rows=self._dataset.skipped_rows,
+            recipe=recipe.as_dict(),
+            epochs=session.epoch,
+            best_epoch=checkpoint.epoch,
+            optimizer=f"AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}",
+            schedule=f"{optimizer.schedule.replace('_', ' ')}, warm-up {optimizer.warmup_fraction:.0%} of the steps",
+            precision=recipe.trainer.precision,
+            seed=recipe.seed,
+            device=str(self._device),
+            seconds=seconds,
+            report=report,
+            git_revision=session.git_revision,
+            versions=session.versions,
+            command=self._command(),
+        )
 
 
-def _load_resumable(run: RunFolder, recipe: Recipe) -> Checkpoint:
-    """Loads last.pt, if it belongs to this recipe.
+def _split_sizes(dataset: Dataset) -> dict[str, int]:
+    return {
+        "train": len(dataset.train),
+        "validation": len(dataset.validation),
+        "held_out": len(dataset.held_out),
+    }
+
+
+def _load_resumable(run: RunFolder, recipe: Recipe, processes: Processes) -> Checkpoint:
+    """Loads last.pt, if it belongs to this recipe and these processes.
 
     Raises:
         ResumeError: naming what differs.
         CheckpointError: when last.pt cannot be read or holds no training state.
     """
     checkpoint = load_checkpoint(run.last)
-    before, now = dict(_flatten(checkpoint.recipe)), dict(_flatten(recipe.as_dict()))
+    before, now = dict(flatten(checkpoint.recipe)), dict(flatten(recipe.as_dict()))
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
             raise ResumeError(
@@ -119,13 +344,10 @@ def _load_resumable(run: RunFolder, recipe: Recipe) -> Checkpoint:
             )
     if checkpoint.training is None:
         raise CheckpointFormatError(f"{run.last} holds no training state; train again without --resume.")
+    started_with = len(checkpoint.training["rng"])
+    if started_with != processes.world_size:
+        raise ResumeError(
+            f"{run.path} was started with {started_with} processes, and now there are {processes.world_size}; "
+            f"resume with --nproc {started_with}."
+        )
     return checkpoint
-
-
-def _flatten(recipe: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"trainer": {"epochs": 20}} -> ("trainer.epochs", 20)."""
-    for key, value in recipe.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -197,9 +197,10 @@ def test_a_load_generator_that_hangs_is_ended_with_its_workers(monkeypatch):
     plan = Plan(
         model="m", url="http://127.0.0.1:9", users=2, duration_s=10.0, warm_up_s=1.0, timeout_s=1.0, processes=2
     )
+    before = set(psutil.Process().children(recursive=True))
     with pytest.raises(RunError, match="not done after 2 s"):
         measure(plan, [PAYLOAD])
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_nothing_but_the_locustfile_loads_gevent():

@@ -142,7 +142,10 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["nope", "no/such/file.yaml"])
 def test_a_missing_recipe_lists_the_built_in_ones(name: str) -> None:
-    assert failure(name) == f"There is no recipe {name}; give a YAML file or one of: digits."
+    assert (
+        failure(name)
+        == f"There is no recipe {name}; give a YAML file or one of: ag_news, digits, image_folder, sst2, tickets."
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
-"""The optimizer, the schedule, the batches and the training step."""
+"""The optimizer, the schedules and the training step."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
 
+from models.batch import Batch
 from models.convnet import build_conv_classifier
 from models.device import resolve_device
 from models.errors import DeviceError, RecipeError, TrainingDivergedError
-from models.loader import OrderedBatches, ShuffledBatches
-from models.optimization import build_one_cycle, build_optimizer
+from models.optimization import build_one_cycle, build_optimizer, build_scheduler, build_warmup_cosine
 from models.reproducibility import reproducible
-from models.trainer import Trainer
+from models.trainer import StepMetrics, Trainer
 
 CPU = torch.device("cpu")
 
@@ -31,14 +34,22 @@ class MixedModel(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
-def make_trainer(model: nn.Module, *, learning_rate: float = 0.1, max_grad_norm: float = 1e9) -> Trainer:
-    optimizer = SGD(model.parameters(), lr=learning_rate)
+def make_trainer(
+    model: nn.Module,
+    *,
+    learning_rate: float = 0.1,
+    max_grad_norm: float = 1e9,
+    optimizer_type: type[Optimizer] = SGD,
+    **options: Any,
+) -> Trainer:
+    optimizer = optimizer_type(model.parameters(), lr=learning_rate)
     return Trainer(
         model,
         optimizer=optimizer,
         scheduler=ConstantLR(optimizer, factor=1.0),
         max_grad_norm=max_grad_norm,
         device=CPU,
+        **options,
     )
 
 
@@ -117,57 +128,57 @@ def test_too_few_steps_for_a_cycle_is_an_error() -> None:
         build_one_cycle(optimizer, max_learning_rate=0.1, total_steps=3, warmup_fraction=0.3)
 
 
-def test_shuffled_batches_drop_only_the_incomplete_one() -> None:
-    samples = torch.arange(10)
-    batches = ShuffledBatches(samples * 10, samples, batch_size=4, seed=0)
+@pytest.mark.parametrize("total_steps", [1, 2, 40])
+def test_warmup_cosine_rises_in_a_line_and_falls_to_zero(total_steps: int) -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), learning_rate=0.5, weight_decay=0.0)
+    scheduler = build_warmup_cosine(optimizer, max_learning_rate=0.1, total_steps=total_steps, warmup_fraction=0.25)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
 
-    first, second = list(batches), list(batches)
-
-    assert len(batches) == len(first) == 2
-    for inputs, labels in first:
-        assert inputs.tolist() == (labels * 10).tolist()
-    seen = torch.cat([labels for _, labels in first]).tolist()
-    assert len(set(seen)) == 8
-    assert seen != torch.cat([labels for _, labels in second]).tolist()
-
-
-def test_shuffling_depends_on_its_seed_alone_and_continues_from_its_state() -> None:
-    def order(batches: ShuffledBatches) -> list[int]:
-        return torch.cat([labels for _, labels in batches]).tolist()
-
-    data = torch.arange(50)
-    torch.manual_seed(0)
-    batches = ShuffledBatches(data, data, batch_size=10, seed=3)
-    first = order(batches)
-    state = batches.state_dict()
-    second = order(batches)
-
-    torch.manual_seed(1)
-    other = ShuffledBatches(data, data, batch_size=10, seed=3)
-    assert order(other) == first
-    restored = ShuffledBatches(data, data, batch_size=10, seed=99)
-    restored.load_state_dict(state)
-    assert order(restored) == second
+    warmup = max(1, total_steps // 4)
+    assert rates[:warmup] == pytest.approx([0.1 * (step + 1) / warmup for step in range(warmup)])
+    assert rates[warmup - 1 :] == sorted(rates[warmup - 1 :], reverse=True)
+    if total_steps == 40:
+        assert rates[-1] < 0.001
 
 
-def test_ordered_batches_hold_every_sample_once() -> None:
-    data = torch.arange(10)
-    batches = OrderedBatches(data, data, batch_size=4)
+def test_a_schedule_is_built_by_its_name() -> None:
+    for name, kind in (("one_cycle", "OneCycleLR"), ("warmup_cosine", "LambdaLR")):
+        optimizer = build_optimizer(nn.Linear(2, 2), learning_rate=0.1, weight_decay=0.0)
+        schedule = build_scheduler(name, optimizer, max_learning_rate=0.1, total_steps=10, warmup_fraction=0.2)
+        assert type(schedule).__name__ == kind
 
-    assert [len(labels) for _, labels in batches] == [4, 4, 2]
-    assert len(batches) == 3
-    assert torch.cat([inputs for inputs, _ in batches]).tolist() == data.tolist()
+
+class Linear(nn.Linear):
+    """A linear classifier of the input called x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def new_batch(inputs: torch.Tensor, labels: torch.Tensor, *, name: str = "x", first_id: int = 0) -> Batch:
+    return Batch(inputs={name: inputs}, labels=labels, ids=torch.arange(first_id, first_id + len(labels)))
+
+
+def in_batches(inputs: torch.Tensor, labels: torch.Tensor, *, batch_size: int, name: str = "x") -> list[Batch]:
+    return [
+        new_batch(inputs[start : start + batch_size], labels[start : start + batch_size], name=name, first_id=start)
+        for start in range(0, len(labels), batch_size)
+    ]
 
 
 def test_training_lowers_the_loss_and_evaluation_measures_it() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(64, 2)
-    batches = OrderedBatches(inputs, (inputs[:, 0] > 0).long(), batch_size=24)
-    trainer = make_trainer(nn.Linear(2, 2), learning_rate=1.0)
-    before = trainer.evaluate(batches)
+    batches = in_batches(inputs, (inputs[:, 0] > 0).long(), batch_size=24)
+    trainer = make_trainer(Linear(2, 2), learning_rate=1.0)
+    before = trainer.evaluate(batches, class_names="ab")
 
     metrics = [trainer.train_epoch(batches) for _ in range(20)]
-    after = trainer.evaluate(batches)
+    after = trainer.evaluate(batches, class_names="ab")
 
     assert trainer.steps == 60
     assert after.loss < 0.3 * before.loss
@@ -184,19 +195,20 @@ def test_training_lowers_the_loss_and_evaluation_measures_it() -> None:
 def test_evaluation_changes_nothing() -> None:
     model = build_conv_classifier(in_channels=1, num_classes=2, widths=[2], dropout=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batches = OrderedBatches(torch.randn(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), batch_size=4)
+    batches = in_batches(torch.randn(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), batch_size=4, name="image")
     trainer = make_trainer(model)
 
-    assert trainer.evaluate(batches) == trainer.evaluate(batches)
+    assert trainer.evaluate(batches, class_names="ab") == trainer.evaluate(batches, class_names="ab")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported() -> None:
     torch.manual_seed(0)
-    model = nn.Linear(2, 2)
+    model = Linear(2, 2)
     before = model.weight.detach().clone(), model.bias.detach().clone()
-    batches = [(torch.tensor([[1000.0, 0.0]]), torch.tensor([int(model(torch.tensor([[1000.0, 0.0]])).argmin())]))]
+    far = torch.tensor([[1000.0, 0.0]])
+    batches = [new_batch(far, torch.tensor([int(model(far).argmin())]))]
 
     metrics = make_trainer(model, learning_rate=1.0, max_grad_norm=0.25).train_epoch(batches)
 
@@ -206,15 +218,19 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported() -> None:
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step() -> None:
-    model = nn.Linear(1, 2)
-    good = (torch.ones(2, 1), torch.tensor([0, 1]))
-    bad = (torch.tensor([[float("nan")], [1.0]]), torch.tensor([0, 1]))
+    model = Linear(1, 2)
+    good = new_batch(torch.ones(2, 1), torch.tensor([0, 1]))
+    bad = new_batch(torch.tensor([[float("nan")], [1.0]]), torch.tensor([0, 1]), first_id=40)
     trainer = make_trainer(model, learning_rate=0.125)
 
-    with pytest.raises(TrainingDivergedError, match=r"loss became nan at step 3, with a learning rate of 0\.125"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"loss became nan at step 3, with a learning rate of 0\.125"
+    ) as caught:
         trainer.train_epoch([good, good, bad, good])
 
     assert trainer.steps == 2
+    assert caught.value.step == 3
+    assert caught.value.batch.ids.tolist() == [40, 41]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -232,9 +248,137 @@ def test_an_infinite_gradient_stops_before_the_step() -> None:
     trainer = make_trainer(Spike())
 
     with pytest.raises(TrainingDivergedError, match=r"gradient norm became (inf|nan) at step 1"):
-        trainer.train_epoch([(torch.ones(2, 1), torch.tensor([0, 0]))])
+        trainer.train_epoch([new_batch(torch.ones(2, 1), torch.tensor([0, 0]))])
 
     assert not trainer.model.weight.any()
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 8])
+def test_accumulation_takes_the_step_of_the_whole_batch(parts: int) -> None:
+    torch.manual_seed(0)
+    batches = in_batches(torch.randn(21, 3), torch.randint(0, 2, (21,)), batch_size=7)
+    whole, divided = Linear(3, 2), Linear(3, 2)
+    divided.load_state_dict(whole.state_dict())
+
+    expected = make_trainer(whole, learning_rate=0.5).train_epoch(batches)
+    actual = make_trainer(divided, learning_rate=0.5, accumulation=parts).train_epoch(batches)
+
+    torch.testing.assert_close(divided.weight, whole.weight)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+
+
+class RecordsDtype(Linear):
+    """Remembers in what precision its output was computed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x)
+        self.computed_in = output.dtype
+        return output
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_forward_pass_and_weights_stay_fp32(precision: str, dtype: torch.dtype) -> None:
+    model = RecordsDtype(4, 2)
+    batches = in_batches(torch.randn(32, 4), torch.randint(0, 2, (32,)), batch_size=8)
+
+    trainer = make_trainer(model, precision=precision)
+    trainer.train_epoch(batches)
+
+    assert model.computed_in == dtype
+    assert model.weight.dtype == torch.float32
+    trainer.evaluate(batches, class_names="ab")
+    assert model.computed_in == dtype
+
+
+def test_fp16_scales_the_loss_and_learns() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 2)
+    batches = in_batches(inputs, (inputs[:, 0] > 0).long(), batch_size=16)
+    model = RecordsDtype(2, 2)
+    trainer = make_trainer(model, learning_rate=1.0, precision="fp16")
+
+    for _ in range(30):
+        metrics = trainer.train_epoch(batches)
+
+    assert model.computed_in == torch.float16
+    assert trainer.evaluate(batches, class_names="ab").accuracy > 0.95
+    assert metrics.grad_norm < 10  # of the gradient itself, not of the scaled one
+    assert trainer.state_dict()["scaler"]["scale"] >= 1
+
+
+class Overflowing(Linear):
+    """Its gradient is infinite in the first steps, as that of a loss scaled too much is."""
+
+    overflows = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x)
+        if self.overflows > 0:
+            self.overflows -= 1
+            output.register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_goes_on() -> None:
+    model = Overflowing(2, 2)
+    model.overflows = 2
+    before = model.weight.detach().clone()
+    batches = in_batches(torch.randn(12, 2), torch.tensor([0, 1] * 6), batch_size=4)
+    trainer = make_trainer(model, precision="fp16")
+    scale = trainer.state_dict()["scaler"]["scale"]
+    seen: list[torch.Tensor] = []
+
+    trainer.train_epoch(batches, on_step=lambda _: seen.append(model.weight.detach().clone()))
+
+    assert torch.equal(seen[0], before)
+    assert torch.equal(seen[1], before)
+    assert not torch.equal(seen[2], before)
+    assert trainer.state_dict()["scaler"]["scale"] == scale / 4
+
+
+def test_fp16_that_overflows_without_end_has_diverged() -> None:
+    model = Overflowing(2, 2)
+    model.overflows = 1000
+    batches = in_batches(torch.randn(400, 2), torch.tensor([0, 1] * 200), batch_size=4)
+
+    with pytest.raises(TrainingDivergedError, match=r"gradient norm became (inf|nan) at step 26"):
+        make_trainer(model, precision="fp16").train_epoch(batches)
+
+
+def test_each_step_is_told() -> None:
+    batches = in_batches(torch.randn(12, 2), torch.tensor([0, 1] * 6), batch_size=4)
+    told: list[StepMetrics] = []
+
+    epoch = make_trainer(Linear(2, 2), learning_rate=0.5).train_epoch(batches, on_step=told.append)
+
+    assert [metrics.step for metrics in told] == [1, 2, 3]
+    assert {metrics.learning_rate for metrics in told} == {0.5}
+    assert epoch.loss == pytest.approx(sum(metrics.loss for metrics in told) / 3)
+    assert epoch.grad_norm == pytest.approx(sum(metrics.grad_norm for metrics in told) / 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_trainer_restored_in_the_middle_of_an_epoch_ends_it_alike(precision: str) -> None:
+    torch.manual_seed(0)
+    batches = in_batches(torch.randn(40, 3), torch.randint(0, 2, (40,)), batch_size=8)
+    model = Linear(3, 2)
+    trainer = make_trainer(model, precision=precision, optimizer_type=torch.optim.AdamW)
+    saved: dict[str, object] = {}
+
+    def save(metrics: StepMetrics) -> None:
+        if metrics.step == 3:
+            saved.update(weights=copy.deepcopy(model.state_dict()), trainer=copy.deepcopy(trainer.state_dict()))
+
+    expected = trainer.train_epoch(batches, on_step=save)
+    twin = Linear(3, 2)
+    twin.load_state_dict(saved["weights"])
+    resumed = make_trainer(twin, precision=precision, optimizer_type=torch.optim.AdamW)
+    resumed.load_state_dict(saved["trainer"])
+
+    assert resumed.train_epoch(batches[3:]) == expected
+    assert torch.equal(twin.weight, model.weight)
+    assert resumed.steps == trainer.steps == 5
 
 
 def test_reproducible_seeds_and_puts_everything_back() -> None:

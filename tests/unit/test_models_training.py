@@ -17,7 +17,7 @@ from models.errors import CheckpointCorruptError, RecipeError, ResumeError, RunF
 from models.provenance import git_revision
 from models.recipe import Recipe, load_recipe
 from models.session import EpochReport
-from models.training import train
+from models.training import Observer, train
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = ["model.widths=[4]", "model.blocks_per_stage=1", "trainer.batch_size=128", "trainer.epochs=4"]
@@ -39,7 +39,7 @@ def train_until(epoch: int, recipe: Recipe, run_dir: Path) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(recipe, run_dir, on_epoch=crash)
+        train(recipe, run_dir, observer=Observer(on_epoch=crash))
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +90,25 @@ def test_the_validation_split_chooses_the_checkpoint(reference: Path) -> None:
 
 
 def test_a_later_and_worse_epoch_does_not_replace_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.evaluation import ClassificationReport, ClassReport
     from models.session import Session
-    from models.trainer import Evaluation
 
     accuracies = iter([0.2, 0.9, 0.9, 0.5, 0.1])  # four validations and the held-out split
     losses = iter([1.0, 0.6, 0.5, 0.1, 0.0])
     monkeypatch.setattr(
         Session,
         "_evaluate",
-        lambda self, split: Evaluation(accuracy=next(accuracies), loss=next(losses), samples=1),
+        lambda self, split: ClassificationReport(
+            accuracy=next(accuracies),
+            loss=next(losses),
+            samples=1,
+            macro_f1=0.0,
+            weighted_f1=0.0,
+            classes=tuple(
+                ClassReport(name=str(index), precision=0.0, recall=0.0, f1=0.0, support=0) for index in range(10)
+            ),
+            confusion=((0,) * 10,) * 10,
+        ),
     )
 
     weights: list[torch.Tensor] = []
@@ -106,7 +116,7 @@ def test_a_later_and_worse_epoch_does_not_replace_the_best(tmp_path: Path, monke
     def remember(report: EpochReport) -> None:
         weights.append(load_checkpoint(tmp_path / "last.pt").state_dict["classifier.weight"])
 
-    result = train(tiny(), tmp_path, on_epoch=remember)
+    result = train(tiny(), tmp_path, observer=Observer(on_epoch=remember))
 
     assert result.best_epoch == 3
     assert result.accuracy == 0.1
@@ -162,12 +172,12 @@ def test_resume_without_a_last_checkpoint_starts_from_the_beginning(reference: P
 
 def test_resume_with_another_recipe_names_what_differs(tmp_path: Path) -> None:
     train_until(1, tiny(), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     with pytest.raises(ResumeError, match=r"started with trainer\.epochs = 4, and the recipe now says 5"):
         train(tiny("trainer.epochs=5"), tmp_path, resume=True)
 
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_resume_from_a_damaged_file_says_so(tmp_path: Path) -> None:
@@ -202,10 +212,14 @@ def test_an_earlier_run_stays_until_the_new_one_is_finished(tmp_path: Path) -> N
     assert load_checkpoint(tmp_path / "checkpoint.pt").recipe["seed"] == 1
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["seed"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.pt",
         "checkpoint.pt",
         "last.pt",
         "metrics.jsonl",
+        "model_card.md",
         "recipe.yaml",
+        "run.json",
+        "tensorboard",
     ]
 
 
@@ -214,7 +228,7 @@ def test_a_folder_in_use_is_refused(reference: Path, tmp_path: Path) -> None:
         with pytest.raises(RunFolderError, match="Another training is writing to"):
             train(tiny("seed=1"), tmp_path)
 
-    train(tiny(), tmp_path, on_epoch=intrude)
+    train(tiny(), tmp_path, observer=Observer(on_epoch=intrude))
 
     assert (tmp_path / "checkpoint.pt").read_bytes() == (reference / "checkpoint.pt").read_bytes()
 
@@ -266,14 +280,15 @@ STEPPED_TRAININGS = """
 import itertools, sys
 from pathlib import Path
 from models.recipe import load_recipe
-from models.training import train
+from models.training import Observer, train
 
 def wait_for_leave(report):
     print(report.epoch, flush=True)
     sys.stdin.readline()
 
 for seed in itertools.cycle([0, 1]):
-    train(load_recipe("digits", [*sys.argv[2:], f"seed={seed}"]), Path(sys.argv[1]), on_epoch=wait_for_leave)
+    recipe = load_recipe("digits", [*sys.argv[2:], f"seed={seed}"])
+    train(recipe, Path(sys.argv[1]), observer=Observer(on_epoch=wait_for_leave))
 """
 
 

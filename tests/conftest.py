@@ -1,0 +1,9 @@
+"""What all tests share."""
+
+import signal
+
+
+def pytest_configure() -> None:
+    """Started in the background of a script, tests inherit an ignored SIGINT, and so would every server they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

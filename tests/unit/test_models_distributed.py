@@ -1,0 +1,148 @@
+"""Several processes train as one would: the same losses, one run folder, one clear error."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint import load_checkpoint
+from models.distributed import ALONE, Processes, read_processes
+from models.errors import LaunchError
+from models.launch import train_in_processes
+from models.recipe import Recipe, load_recipe
+from models.training import train
+
+# Layer norm and no dropout: what differs between one process and two is the order of sums alone.
+EQUAL = [
+    "model.dropout=0.0",
+    "model.hidden_dim=16",
+    "model.intermediate_dim=16",
+    "data.count=1000",
+    "trainer.batch_size=24",
+    "trainer.epochs=2",
+    "trainer.threads=1",
+]
+
+
+def tickets(*overrides: str) -> Recipe:
+    return load_recipe("tickets", [*EQUAL, *overrides])
+
+
+# In processes of their own, for the losses of each step: the launcher returns the result of a whole training.
+LOSSES = """
+import json, sys
+from pathlib import Path
+from models.launch import _quiet_launcher
+from models.recipe import Recipe
+from models.training import Observer, train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def losses(recipe, folder):
+    found = []
+    train(Recipe.model_validate(recipe), Path(folder), observer=Observer(on_step=lambda step: found.append(step.loss)))
+    return found
+
+if __name__ == "__main__":
+    recipe, folder, count = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    with _quiet_launcher():
+        print(json.dumps(elastic_launch(config, losses)(recipe, folder)))
+"""
+
+
+def losses_by_rank(recipe: Recipe, folder: Path, *, processes: int) -> dict[str, list[float]]:
+    script = folder / "losses.py"
+    script.write_text(LOSSES)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(recipe.as_dict()), str(folder / f"run-{processes}"), str(processes)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    (alone,) = losses_by_rank(tickets(), tmp_path, processes=1).values()
+    # In parts too: gradients are exchanged with the last part only.
+    together = losses_by_rank(tickets("trainer.accumulation=2"), tmp_path, processes=2)
+
+    assert len(alone) == 60
+    assert together["0"][:50] == pytest.approx(alone[:50], abs=1e-4)
+    assert together["1"] == []  # only the first process reports
+    one, two = (load_checkpoint(tmp_path / f"run-{count}" / "checkpoint.pt") for count in (1, 2))
+    assert two.metrics["accuracy"] == pytest.approx(one.metrics["accuracy"], abs=0.02)
+    assert two.metrics["samples"] == one.metrics["samples"] == 200
+    facts = json.loads((tmp_path / "run-2" / "run.json").read_text())
+    assert facts["processes"] == 2
+    assert facts["command"].endswith("--nproc 2")
+
+
+def test_a_training_in_two_processes_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = tickets("model.dropout=0.2", "data.count=400", "trainer.save_every_steps=3")
+    train_in_processes(whole, tmp_path / "whole", processes=2)
+    half = load_checkpoint(tmp_path / "whole" / "last.pt")
+    assert half.training is not None
+    assert len(half.training["rng"]) == 2
+    assert not torch.equal(half.training["rng"][0]["cpu"], half.training["rng"][1]["cpu"])  # each its own dropout
+
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torchport", "train", str(tmp_path / "whole" / "recipe.yaml")),
+            *("--nproc", "2", "--out", str(tmp_path / "cut")),
+        ],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as killed:
+        assert killed.stderr is not None
+        killed.stderr.readline()  # the first epoch's line
+        killed.kill()
+    result = train_in_processes(whole, tmp_path / "cut", processes=2, resume=True)
+
+    assert result.resumed_after_epoch >= 1
+    whole_bytes = (tmp_path / "whole" / "checkpoint.pt").read_bytes()
+    assert (tmp_path / "cut" / "checkpoint.pt").read_bytes() == whole_bytes
+
+
+def test_an_error_in_a_process_is_its_own_sentence(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"batch_size is 25, which does not divide among 2 processes"):
+        train_in_processes(tickets("trainer.batch_size=25"), tmp_path / "run", processes=2)
+
+
+def test_one_process_alone_needs_no_group() -> None:
+    value = torch.tensor([1.0, 2.0])
+
+    assert read_processes() == ALONE == Processes(rank=0, local_rank=0, world_size=1)
+    assert torch.equal(ALONE.sum(value), value)
+    assert ALONE.gather("mine") == ["mine"]
+    assert ALONE.from_main("mine") == "mine"
+    model = torch.nn.Linear(1, 1)
+    assert ALONE.wrap(model, torch.device("cpu")) is model
+
+
+def test_torchrun_names_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+
+    processes = read_processes()
+
+    assert (processes.rank, processes.local_rank, processes.world_size) == (3, 1, 4)
+    assert not processes.is_main
+
+
+def test_a_single_training_has_the_same_bytes_however_it_is_started(tmp_path: Path) -> None:
+    train(tickets("data.count=400"), tmp_path / "here")
+    train_in_processes(tickets("data.count=400"), tmp_path / "launched", processes=1)
+
+    here, launched = ((tmp_path / name / "checkpoint.pt").read_bytes() for name in ("here", "launched"))
+    assert here == launched
