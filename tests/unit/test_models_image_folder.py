@@ -280,7 +280,7 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> Non
 
 @pytest.mark.parametrize(("path", "kind"), [("none", "folder"), ("none.npz", "file")])
 def test_a_missing_path_is_named(path: str, kind: str) -> None:
-    with pytest.raises(DataError, match=rf"There is no {kind} {path}; correct the path"):
+    with pytest.raises(DataError, match=rf"There is no {kind} {path}; say where it is with -s data."):
         load(path)
 
 

@@ -237,7 +237,7 @@ def test_a_file_that_cannot_be_read_raises_whatever_is_skipped(
 
 @pytest.mark.parametrize("name", ["none.csv", "none.jsonl", "none.parquet"])
 def test_a_missing_file_is_named(name: str) -> None:
-    with pytest.raises(DataError, match=rf"There is no file {name}; correct the path"):
+    with pytest.raises(DataError, match=rf"There is no file {name}; say where it is with -s data."):
         read_table(name, NAMED)
 
 
