@@ -24,7 +24,7 @@ from deploy.configuration import LOG_CONFIG, server_properties
 from deploy.errors import StartError, StateError
 from deploy.java import find_java
 from deploy.ports import LOOPBACK, Ports, check_host
-from deploy.state import KEY_FILE, ServerState, claimed, make_private, state_folder
+from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
 
 # Ctrl-C, a service manager, a closed terminal.
@@ -138,16 +138,19 @@ class TorchServe:
             # A copy, not a link: what was verified is what is loaded, whatever happens to the original meanwhile.
             shutil.copyfile(archive.path, models[archive.name])
         config = self.state.folder / "config.properties"
-        config.write_text(
-            server_properties(
-                self._ports,
-                host=self._host,
-                model_store=store,
-                models=models,
-                scalable=self._workers is not None,
-            ),
-            encoding="utf-8",
+        properties = server_properties(
+            self._ports,
+            host=self._host,
+            model_store=store,
+            models=models,
+            scalable=self._workers is not None,
         )
+        try:
+            config.write_text(properties, encoding="utf-8")
+        except OSError as error:  # which names no file when the disk is full
+            raise StateError(
+                f"{config} cannot be written ({error.strerror}); name another folder with {STATE_VARIABLE}"
+            ) from error
         log = self._taken.enter_context(self.log_file.open("w", encoding="utf-8"))
         # TorchServe reads TS_CONFIG_FILE before --ts-config, and other settings from variables like it.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}

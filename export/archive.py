@@ -317,11 +317,18 @@ def _check_canonical(source: zipfile.ZipFile, file: IO[bytes], path: Path) -> No
 
     Digests cover what is inside the entries; this covers all the rest: dates, flags, order, comments, gaps.
     """
-    with tempfile.TemporaryDirectory(prefix="torchport-verify-") as folder:
-        rebuilt = Path(folder) / path.name
-        with zipfile.ZipFile(rebuilt, "w", zipfile.ZIP_STORED) as target:
-            for name in sorted(source.namelist()):
-                _add(target, name, _chunks(source, name), source.getinfo(name).file_size)
-        file.seek(0)
-        if sha256(iter(lambda: file.read(_CHUNK_BYTES), b"")) != file_sha256(rebuilt):
-            raise _changed(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix="torchport-verify-") as folder:
+            rebuilt = Path(folder) / path.name
+            with zipfile.ZipFile(rebuilt, "w", zipfile.ZIP_STORED) as target:
+                for name in sorted(source.namelist()):
+                    _add(target, name, _chunks(source, name), source.getinfo(name).file_size)
+            digest = file_sha256(rebuilt)
+    except OSError as error:
+        raise ArchiveError(
+            f"{path} cannot be verified, for which it is rebuilt in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}; name another folder with TMPDIR"
+        ) from error
+    file.seek(0)
+    if sha256(iter(lambda: file.read(_CHUNK_BYTES), b"")) != digest:
+        raise _changed(path)

@@ -183,12 +183,15 @@ def _without_debug_records(source: io.BytesIO, path: Path) -> None:
     The records go through PyTorch's own reader and writer, which keep the alignment that its loader maps.
     """
     reader = torch._C.PyTorchFileReader(source)
-    writer = torch._C.PyTorchFileWriter(str(path))
+    # Into memory first: on a full disk PyTorch's own writing ends the process, with a stack of C++ for a reason.
+    target = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(target)
     for name in reader.get_all_records():
         if not name.endswith(".debug_pkl") and name not in _WRITER_RECORDS:
             record = reader.get_record(name)
             writer.write_record(name, record, len(record))
     writer.write_end_of_file()
+    path.write_bytes(target.getvalue())
 
 
 def _write_onnx(module: torch.nn.Module, example: torch.Tensor, signature: Signature, path: Path) -> None:

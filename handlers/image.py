@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError
+from handlers.errors import MalformedError, OutOfRangeError, RequestError, TooLargeError, UnsupportedTypeError
 from handlers.request import EncodedImage, Payload, PixelArray, too_many_samples
 from handlers.signature import ImagePreprocessing
 
@@ -17,6 +17,8 @@ FloatArray = NDArray[np.float32]
 # 16-bit and float images have no agreed full scale, and Pillow's conversion to 8 bits clips them silently.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _FULL_SCALE = 255.0
+# The last chunk's name and checksum. Pillow does without it once it has all pixels, their checksums unread.
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 class ImageDecoder:
@@ -67,6 +69,8 @@ class ImageDecoder:
                         "unsupported_image_mode",
                         f"Images of mode {image.mode} are not accepted; send 8 bits a channel.",
                     )
+                if image.format == "PNG" and _PNG_END not in data:
+                    raise MalformedError("broken_image", "The image is incomplete: the end of the PNG file is missing.")
                 upright = ImageOps.exif_transpose(image)
                 # Transparency is dropped, whatever form it has; Pillow would warn of some.
                 upright.info.pop("transparency", None)
@@ -78,11 +82,13 @@ class ImageDecoder:
             raise self._too_many_pixels("too many pixels to count on") from error
         except UnidentifiedImageError as error:
             raise UnsupportedTypeError("unsupported_image", "The bytes are not a PNG or JPEG image.") from error
-        except (OutOfRangeError, TooLargeError):
+        except RequestError:
             raise
         except Exception as error:
             # Pillow's decoders raise a dozen unrelated types on broken files, and none of them is our defect.
-            raise MalformedError("broken_image", f"The image cannot be decoded ({type(error).__name__}).") from error
+            raise MalformedError(
+                "broken_image", "The image file is damaged or incomplete and cannot be decoded."
+            ) from error
         return pixels.reshape(spec.height, spec.width, spec.channels)
 
     def _too_many_pixels(self, has: str) -> TooLargeError:

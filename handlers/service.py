@@ -18,7 +18,7 @@ from handlers.request import Part
 
 logger = logging.getLogger("torchport")
 
-# Fields of a request that hold its body; anything else beside them came from the URL's query.
+# Fields that hold the body of a request that is not multipart; anything else beside them came from the URL's query.
 _BODY_FIELDS = ("body", "data")
 _DEFAULT_THREADS = 1
 
@@ -113,7 +113,8 @@ def _threads(config: Mapping[str, object] | None) -> int:
 
 def _parts(row: Mapping[str, object], headers: Mapping[str, object]) -> list[Part]:
     """The body of a request, or the fields of a multipart one."""
-    names = [name for name in _BODY_FIELDS if name in row][:1] or list(row)
+    body = [] if _request_type(headers) == "multipart/form-data" else [name for name in _BODY_FIELDS if name in row]
+    names = body[:1] or list(row)
     return [Part(value=row[name], content_type=_content_type(name, headers)) for name in names]
 
 
@@ -121,9 +122,18 @@ def _content_type(field: str, headers: Mapping[str, object]) -> str:
     """The media type of one field: its own in a multipart body, else the request's."""
     own = headers.get(field)
     value = own.get("content-type") if isinstance(own, Mapping) else None
-    if not value:
-        value = next((v for name, v in headers.items() if name.lower() == "content-type" and isinstance(v, str)), "")
-    return str(value).partition(";")[0].strip().lower()
+    return _media_type(str(value)) if value else _request_type(headers)
+
+
+def _request_type(headers: Mapping[str, object]) -> str:
+    """The media type that the request itself declares."""
+    return _media_type(
+        next((v for name, v in headers.items() if name.lower() == "content-type" and isinstance(v, str)), "")
+    )
+
+
+def _media_type(header: str) -> str:
+    return header.partition(";")[0].strip().lower()
 
 
 def _log_failure(error: RequestError, request_id: str | None) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from loadtest.answers import server_message
-from loadtest.errors import RefusedError, UnreachableError
+from loadtest.errors import PlanError, RefusedError, UnreachableError
 from loadtest.payloads import Payload
 from loadtest.plan import check_url, prediction_path
 
@@ -25,11 +25,13 @@ class Client:
         timeout_s: Longest wait for any one step of a request.
 
     Raises:
-        PlanError: The URL is none.
+        PlanError: The URL is none, or the token can be none.
     """
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         check_url(url)
+        if token is not None and not _fits_header(token):
+            raise PlanError("--token (or TORCHPORT_TOKEN) can be no token: give one word of printable ASCII")
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -52,9 +54,12 @@ class Client:
         """Sends one request and returns the parsed answer.
 
         Raises:
+            PlanError: The content type can be none.
             UnreachableError: No answer came.
             RefusedError: The answer is an error, or no JSON.
         """
+        if not _fits_header(payload.content_type):
+            raise PlanError(f"the content type {payload.content_type!r} can be none: give one like image/png")
         response = self._post(prediction_path(model), payload.body, {"Content-Type": payload.content_type})
         if not response.is_success:
             raise RefusedError(self._refusal(model, response), status=response.status_code)
@@ -91,3 +96,7 @@ class Client:
         elif response.status_code in (401, 403) or "token" in message.lower():
             remedy = "; give a valid token with --token or TORCHPORT_TOKEN"
         return f"{model} at {self._url} answered {response.status_code}: {message}{remedy}"
+
+
+def _fits_header(value: str) -> bool:
+    return bool(value) and value.isascii() and value.isprintable() and value == value.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -109,6 +110,18 @@ def test_a_server_is_found_while_it_runs_and_leaves_nothing(scene: Scene) -> Non
     scene.assert_nothing_is_left()
     with pytest.raises(StateError, match="serves nothing"):
         find_server(port)
+
+
+def test_a_full_disk_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *arguments: Any, **options: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(
+        StateError, match=r"config\.properties cannot be written \(No space .*; name another folder with"
+    ):
+        scene.server().__enter__()
+    scene.assert_nothing_is_left()
 
 
 def test_the_frontend_gets_the_production_configuration(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

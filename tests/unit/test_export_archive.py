@@ -316,6 +316,13 @@ class TestDamage:
 
 
 class TestFailures:
+    def test_a_full_temporary_folder_is_not_blamed_on_the_archive(self, small: Path) -> None:
+        with (
+            largest_file(10),
+            pytest.raises(ArchiveError, match=r"cannot be verified, .*; name another folder with TM"),
+        ):
+            open_archive(small)
+
     def test_a_store_that_is_a_file_is_named(self, files: ArchiveFiles, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
         for store in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -389,7 +396,9 @@ for i, artifact in enumerate(artifacts):
 
 
 def pack(moment: str, store: Path, *artifacts: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", PACK, moment, str(store), *map(str, artifacts)])
+    # Killed, it leaves its staging folder: here rather than in the system's temporary folder.
+    environment = {**os.environ, "TMPDIR": str(store.parent)}
+    return subprocess.Popen([sys.executable, "-c", PACK, moment, str(store), *map(str, artifacts)], env=environment)
 
 
 class TestKilled:

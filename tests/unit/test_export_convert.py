@@ -2,6 +2,7 @@
 
 import getpass
 import os
+import resource
 import shutil
 import socket
 import zipfile
@@ -194,6 +195,17 @@ def test_a_process_that_dies_gives_one_sentence(checkpoint: Path, tmp_path: Path
         patch.syspath_prepend(str(tmp_path))
         with pytest.raises(ConversionError, match=r"^the conversion to torchscript died with exit code -9: .*$"):
             convert_in_fresh_process(checkpoint, tmp_path, format="torchscript", method="trace", factory="killer:build")
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_a_full_disk_gives_one_sentence(checkpoint: Path, tmp_path: Path, format: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(ConversionError, match=r"^the model cannot be converted to .*: .*File too large$"):
+            convert_in_fresh_process(checkpoint, tmp_path, format=format, method="trace")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_the_process_refuses_is_said_as_it_says_it(tmp_path: Path) -> None:

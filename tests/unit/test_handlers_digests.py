@@ -1,4 +1,8 @@
 import hashlib
+import os
+import py_compile
+import sys
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -41,10 +45,39 @@ def test_an_untouched_folder_passes(folder):
     verify_folder(folder)
 
 
-def test_bytecode_that_python_wrote_is_ignored(folder):
+@pytest.fixture
+def module_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/module.py").write_text("VALUE = 1\n")
+    digest = hashlib.sha256(b"VALUE = 1\n").hexdigest()
+    (tmp_path / DIGESTS_FILE).write_bytes(digests_document({"sub/module.py": digest}))
+    return tmp_path
+
+
+def test_bytecode_that_python_wrote_is_ignored(module_folder):
+    py_compile.compile(str(module_folder / "sub/module.py"), invalidation_mode=PycInvalidationMode.TIMESTAMP)
+    (module_folder / "sub/__pycache__/module.cpython-311.pyc.140234").write_bytes(b"")  # another worker writes it now
+    assert len(list((module_folder / "sub/__pycache__").iterdir())) == 2
+    verify_folder(module_folder)
+
+
+@pytest.mark.parametrize("mode", list(PycInvalidationMode))
+def test_bytecode_that_came_in_the_archive_is_refused(module_folder, mode):
+    other = module_folder / "other.py"
+    other.write_text("VALUE = 2\n")
+    os.utime(other, (0, 0))  # whoever packed it could not know when it would be extracted
+    cached = module_folder / f"sub/__pycache__/module.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(other), cfile=str(cached), invalidation_mode=mode)
+    other.unlink()
+    with pytest.raises(DigestError, match=r"module\..*\.pyc is not recorded"):
+        verify_folder(module_folder)
+
+
+def test_bytecode_without_a_module_is_refused(folder):
     (folder / "sub/__pycache__").mkdir()
     (folder / "sub/__pycache__/b.pyc").write_bytes(b"x")
-    verify_folder(folder)
+    with pytest.raises(DigestError, match=r"b\.pyc is not recorded"):
+        verify_folder(folder)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,12 @@ class TestFiles:
         data = encode(np.random.default_rng(0).integers(0, 256, (9, 9), dtype=np.uint8), format)
         assert refusal(decode_file, data[: len(data) * 2 // 3]) == (400, "broken_image")
 
+    @pytest.mark.parametrize("format", ["PNG", "JPEG"])
+    def test_an_image_that_lacks_only_its_last_bytes_is_refused(self, encode, format):
+        data = encode(np.random.default_rng(0).integers(0, 256, (9, 9), dtype=np.uint8), format)
+        for missing in range(1, 25):  # of a PNG, the first twenty leave all pixels whole
+            assert refusal(decode_file, data[:-missing]) == (400, "broken_image")
+
     @pytest.mark.parametrize(
         ("width", "height"),
         [(101, 1), (1, 101), (10_000, 10_000), (100_000, 100_000), (1 << 30, 1 << 30)],

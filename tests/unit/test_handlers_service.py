@@ -131,6 +131,13 @@ class TestHandle:
         assert statuses == [200]
         assert [item["label"] for item in bodies[0]["predictions"]] == ["bright", "dark"]
 
+    @pytest.mark.parametrize("names", [("data", "other"), ("other", "data"), ("body", "data")])
+    def test_multipart_fields_may_have_any_name(self, service, picture, names):
+        row = dict(zip(names, (picture("bright"), picture("dark")), strict=True))
+        headers = {"Content-Type": "Multipart/Form-Data; boundary=x", **dict.fromkeys(names, PNG_HEADER)}
+        _, bodies, _ = ask(service, [row], [headers])
+        assert [item["label"] for item in bodies[0]["predictions"]] == ["bright", "dark"]
+
     def test_one_multipart_field_is_one_sample(self, service, picture):
         headers = {"picture": {"content-type": "image/png"}, "content-type": "multipart/form-data; boundary=x"}
         statuses, bodies, _ = ask(service, [{"picture": picture("mid")}], [headers])

@@ -130,6 +130,20 @@ class FakeServer:
         return "found"
 
 
+@pytest.mark.parametrize("token", ["", " t", "t\n", "\u00fc"])
+def test_what_can_be_no_token_is_refused_without_showing_it(server, token):
+    with pytest.raises(PlanError, match=r"--token .* can be no token: give one word of printable ASCII"):
+        cli.predict("digits", ["text"], url=server.url, token=token)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("content_type", ["image/png\nX-Other: y", "image/\u00fc"])
+def test_what_can_be_no_content_type_is_refused(server, content_type):
+    with pytest.raises(PlanError, match=r"the content type .* can be none: give one like image/png"):
+        cli.predict("digits", ["text"], url=server.url, token="t", content_type=content_type)
+    assert not server.asked
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "http://localhost:8080", "http://[::1]:8080"])
 def test_the_token_of_a_server_on_this_machine_is_looked_up(monkeypatch, url):
     ports = []

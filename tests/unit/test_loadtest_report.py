@@ -1,5 +1,6 @@
 import json
 import re
+import resource
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -61,7 +62,15 @@ class Balance(HTMLParser):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"failed": 0}, {"slo_p99_ms": 20.0}, {"rate_rps": None, "users": 4}, {"right": 0}, {"right": 0, "failed": 0}],
+    [
+        {},
+        {"failed": 0},
+        {"slo_p99_ms": 20.0},
+        {"rate_rps": None, "users": 4},
+        {"right": 0},
+        {"right": 0, "failed": 0},
+        {"rate_rps": None, "users": 4, "right": 0},
+    ],
 )
 def test_the_page_is_well_formed_and_needs_no_network(tmp_path, options):
     files = write_report(new_result(**options), tmp_path / "deep" / "report")
@@ -101,6 +110,16 @@ def test_an_invalid_measurement_says_so_on_the_page(tmp_path):
     page = write_report(new_result(right=0), tmp_path).page.read_text(encoding="utf-8")
     assert "INVALID" in page
     assert "must not be used" in page
+
+
+@pytest.mark.parametrize("loop", [{}, {"rate_rps": None, "users": 4}])
+def test_an_invalid_measurement_has_no_latency_to_quote(tmp_path, loop):
+    quoted = ("<dt>p50</dt>", "<dt>p99</dt>", "<th>From the actual send</th>")
+    page = write_report(new_result(**loop), tmp_path).page.read_text(encoding="utf-8")
+    assert all(text in page for text in quoted)
+    page = write_report(new_result(max_client_cpu=0.1, **loop), tmp_path).page.read_text(encoding="utf-8")
+    assert "it measured itself" in page
+    assert not any(text in page for text in quoted)
 
 
 def test_a_closed_loop_says_that_it_measures_capacity(tmp_path):
@@ -144,3 +163,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 )
 def test_durations_are_short(value, text):
     assert format_ms(value) == text
+
+
+def test_a_full_disk_leaves_the_earlier_report_and_nothing_else(tmp_path):
+    files = write_report(new_result(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        with pytest.raises(LoadTestError, match=r"cannot write the report to .*; give another folder with --out"):
+            write_report(new_result(right=7), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files.page.name in before
