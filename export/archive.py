@@ -98,6 +98,19 @@ def write_archive(files: ArchiveFiles, *, name: str, version: str, out: Path) ->
     return destination
 
 
+def check_store(out: Path) -> None:
+    """Refuse a model store that nothing can be written to, before the slow steps.
+
+    Raises:
+        ArchiveError: If it, or the folder that it would be made in, is a file or read-only.
+    """
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ArchiveError(f"the model store {out} cannot be made, for {nearest} is a file; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ArchiveError(f"the model store {out} cannot be written; choose another --out")
+
+
 def created_on() -> str:
     """The manifest's date, in its own format, from SOURCE_DATE_EPOCH (seconds since 1970, UTC).
 

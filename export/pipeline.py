@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from export.archive import ArchiveFiles, check_name, created_on, write_archive
+from export.archive import ArchiveFiles, check_name, check_store, created_on, write_archive
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.convert import METHODS, convert_in_fresh_process
 from export.errors import ConversionError, GateError
@@ -167,6 +167,7 @@ def _check_options(options: ExportOptions) -> None:
             raise ConversionError(f"the {what} {value!r} is not known; choose one of: {', '.join(known)}")
     check_name(options.name, "model name")
     check_name(options.version, "model version")
+    check_store(options.out)
     created_on()
 
 

@@ -96,15 +96,15 @@ def loadtest(
         seed=seed,
         max_send_lag_ms=max_send_lag_ms,
     )
+    from loadtest.report import check_folder, write_report  # noqa: PLC0415  # matplotlib takes half a second to import
+
     payloads, source = _read_payloads(name, archive, inputs)
     out = out or Path("reports") / name
+    check_folder(out)
     token = find_token(url, token)
     with Client(url, token=token) as client:
         client.predict(name, payloads[0])  # a wrong name or token is worth one clear sentence, not a report
     result = _measure(plan, payloads, token, f"{plan.command} {shlex.join([*source, '--out', str(out)])}")
-
-    from loadtest.report import write_report  # noqa: PLC0415  # matplotlib takes half a second to import
-
     files = write_report(result, out)
     _print_result(result, files)
     return _summarise(result, files)

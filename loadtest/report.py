@@ -1,6 +1,7 @@
 """Writes what a load test found: a page for people, JSON for machines, a distribution for plotters."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,17 @@ class ReportFiles:
     page: Path
     results: Path
     distribution: Path
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that no report can be written to, before any load is sent.
+
+    Raises:
+        LoadTestError: It, or the folder that it would be made in, is a file or read-only.
+    """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise LoadTestError(f"no report can be written to {folder}; give another folder with --out")
 
 
 def write_report(result: Result, folder: Path) -> ReportFiles:

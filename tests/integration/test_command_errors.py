@@ -81,7 +81,8 @@ BAD_COMMANDS = {
     "unknown method": (["export", "run", "--method", "guess"], "trace, script"),
     "name with a slash": (["export", "run", "--name", "a/b"], "a/b"),
     "version with a space": (["export", "run", "--version", "1 0"], "1 0"),
-    "model store that is a file": (["export", "run", "--out", "a_file"], "a_file"),
+    "model store that is a file": (["export", "run", "--out", "a_file"], "choose another --out"),
+    "model store below a file": (["export", "run", "--out", "a_file/store"], "choose another --out"),
     "evaluation data that is missing": (["export", "run", "--eval", "nowhere"], "nowhere"),
     "evaluation data that is empty": (["export", "run", "--eval", "empty_folder"], "empty_folder"),
     "factory that does not import": (["export", "plain.pt", "--model", "nowhere:f", "--signature", "a_file"], "a_file"),
@@ -108,6 +109,10 @@ BAD_COMMANDS = {
     "loading with a damaged archive": (
         ["loadtest", "digits", "--users", "1", "--archive", "store/truncated.mar"],
         "truncated.mar",
+    ),
+    "loading with a report that is a file": (
+        ["loadtest", "digits", "--users", "1", "--archive", "store/good.mar", "--out", "a_file"],
+        "--out",
     ),
     "loading in both loops": (["loadtest", "digits", "--users", "1", "--rate", "1"], "--rate"),
     "loading in neither loop": (["loadtest", "digits"], "--users"),
