@@ -1,6 +1,10 @@
 """What all tests share."""
 
+import os
 import signal
+
+# As the command line does, and before anything imports torch: see `torchport.main`.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_configure() -> None:
