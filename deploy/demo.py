@@ -190,7 +190,7 @@ def _summary(
     rows: dict[str, list[str]] = {}
     results: dict[str, Any] = {}
     for format in _FORMATS:
-        table.add_column(format)
+        table.add_column(format, overflow="fold")
         gates = {gate["gate"]: gate for gate in exported[format]["gates"]}
         capacity, latency = loads[format]["capacity"], loads[format]["latency"]
         results[format] = {

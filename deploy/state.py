@@ -70,21 +70,15 @@ class ServerState:
         Raises:
             StateError: If the key file is unreadable, or the server gives no new token.
         """
-        entry = self._keys()["inference"]
-        if _is_valid(entry):
-            return str(entry["key"])
-        return self._renew("inference")
+        return self._token("inference")
 
     def management_token(self) -> str:
-        """A token for listing models, renewed when it has expired.
+        """A token for listing models, renewed when it has expired; raises as :meth:`inference_token` does."""
+        return self._token("management")
 
-        Raises:
-            StateError: If the key file is unreadable, or the server gives no new token.
-        """
-        entry = self._keys()["management"]
-        if _is_valid(entry):
-            return str(entry["key"])
-        return self._renew("management")
+    def _token(self, kind: str) -> str:
+        entry = self._keys()[kind]
+        return str(entry["key"]) if _is_valid(entry) else self._renew(kind)
 
     def _keys(self) -> dict[str, dict[str, Any]]:
         path = self.folder / KEY_FILE

@@ -1,13 +1,13 @@
 """A convolutional image classifier for any image size and channel count."""
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.blocks import ConvBlock
+from models.checks import require_arguments, require_dropout, require_integer
 from models.errors import ModelConfigError
 
 
@@ -36,15 +36,14 @@ class ConvClassifierConfig:
         Raises:
             ModelConfigError: naming the field, its value and what it must be.
         """
-        _require_integer("in_channels", self.in_channels, minimum=1)
-        _require_integer("num_classes", self.num_classes, minimum=2)
-        _require_integer("blocks_per_stage", self.blocks_per_stage, minimum=1)
+        require_integer("in_channels", self.in_channels, minimum=1)
+        require_integer("num_classes", self.num_classes, minimum=2)
+        require_integer("blocks_per_stage", self.blocks_per_stage, minimum=1)
         if not self.widths:
             raise ModelConfigError("widths is empty; give the channels of at least one stage, such as [32, 64].")
         for stage, width in enumerate(self.widths):
-            _require_integer(f"widths[{stage}]", width, minimum=1)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ModelConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+            require_integer(f"widths[{stage}]", width, minimum=1)
+        require_dropout(self.dropout)
 
 
 class ConvClassifier(nn.Module):
@@ -100,30 +99,11 @@ def build_conv_classifier(**config: Any) -> ConvClassifier:
     Raises:
         ModelConfigError: for an unknown, missing or impossible argument.
     """
-    names = [field.name for field in fields(ConvClassifierConfig)]
-    for name in config:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(names)}."
-            raise ModelConfigError(f"A ConvClassifier takes no argument {name!r}; {hint}")
-    missing = [name for name in ("in_channels", "num_classes", "widths") if name not in config]
-    if missing:
-        raise ModelConfigError(f"A ConvClassifier needs {' and '.join(missing)}; add it to the model's config.")
+    require_arguments("ConvClassifier", ConvClassifierConfig, config)
     if not isinstance(config["widths"], list | tuple):
         raise ModelConfigError(f"widths is {config['widths']!r}; it must be a list of channel counts.")
     checked = ConvClassifierConfig(**{**config, "widths": tuple(config["widths"])})
-    return ConvClassifier(
-        in_channels=checked.in_channels,
-        num_classes=checked.num_classes,
-        widths=checked.widths,
-        blocks_per_stage=checked.blocks_per_stage,
-        dropout=checked.dropout,
-    )
-
-
-def _require_integer(name: str, value: object, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ModelConfigError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
+    return ConvClassifier(**asdict(checked))
 
 
 def _initialise(module: nn.Module) -> None:
