@@ -164,6 +164,9 @@ class TextEncoderSection(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Probability that a number is zeroed in training."""
 
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a token is hidden in training, as if it were padding: an over-fitted model is then less sure."""
+
     gradient_checkpointing: bool = False
     """Whether activations are computed twice instead of kept: less memory, a third more time."""
 
@@ -195,6 +198,9 @@ class TrainerSection(Section):
 
     accumulation: int = Field(default=1, ge=1)
     """Parts that a batch is computed in, to need less memory; the step stays that of the whole batch."""
+
+    adversarial_norm: float = Field(default=0.0, ge=0)
+    """L2 norm of a move of the embeddings against each batch, which is computed a second time there; 0 for none."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of what torch's autocast deems safe in it; weights stay fp32."""
@@ -276,6 +282,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
+        if self.trainer.adversarial_norm and self.model.name != "text_encoder":
+            raise ValueError(
+                f"trainer.adversarial_norm is {self.trainer.adversarial_norm:g}, and the model {self.model.name} has "
+                "no embeddings; set it to 0."
+            )
         fitting = _MODELS_FOR[self.data.name]
         if self.model.name != fitting:
             raise ValueError(

@@ -37,6 +37,7 @@ def explain(
         return RecipeError(f"The recipe {source} has no {key}; add it, or set it with -s {key}=VALUE.")
     if finding["type"] == "union_tag_invalid":
         choices = finding["ctx"]["expected_tags"].replace("'", "")
+        place = _blame(f"{key}.name", source, overrides)
         return RecipeError(f"{key}.name is {finding['ctx']['tag']!r} in {place}; it must be one of {choices}.")
     if finding["type"] == "invalid_key":
         return RecipeError(f"The recipe {source} has the key {finding['input']!r}; keys must be text.")

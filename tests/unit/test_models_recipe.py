@@ -172,3 +172,44 @@ def test_a_file_that_is_no_recipe_says_why(tmp_path: Path, content: bytes, expec
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     assert "Is a directory" in failure(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.name=tickets", "model.name=convnet"], "model.name is convnet, and data.name is tickets"),
+        (["trainer.adversarial_norm=1.0"], "the model convnet has no embeddings; set it to 0"),
+        (["trainer.accumulation=3"], "does not divide into trainer.accumulation = 3 parts"),
+        (["data.name=digit"], "data.name is 'digit' in -s data.name=digit; it must be one of digits, images"),
+        (["data.path=x"], "There is no key data.path in a recipe"),
+        (["data.name=images"], "has no data.path; add it, or set it with -s data.path=VALUE"),
+        (["data.name=text", "data.train=a.csv", "data.label_names={1: a}"], "data.label_names"),
+        (["data=5"], "data is 5 in -s data=5; it must be a section"),
+    ],
+)
+def test_sections_that_do_not_go_together_are_named(overrides: list[str], expected: str) -> None:
+    # Without the model section that the built-in recipe has, the data decides.
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("digits", overrides)
+
+    assert expected in str(caught.value)
+
+
+def test_the_data_decides_about_the_model_of_a_recipe_that_names_none(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ndata: {name: tickets}\nmodel: {num_layers: 1}\n")
+
+    recipe = load_recipe(str(path))
+
+    assert recipe.model.name == "text_encoder"
+    assert recipe.as_dict()["data"]["count"] == 4000
+
+
+@pytest.mark.parametrize("name", ["digits", "tickets", "sst2", "ag_news", "image_folder"])
+def test_every_built_in_recipe_is_one_and_reads_back_as_resolved(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(recipe.as_dict()))
+
+    assert recipe.name == name
+    assert load_recipe(str(path)) == recipe

@@ -219,6 +219,84 @@ def test_dropout_is_active_in_training_only(model: TextClassifier, place: str) -
     assert not torch.equal(model(ids), model(ids))
 
 
+def seen_in_training(model: TextClassifier, ids: Tensor) -> Tensor:
+    """[B, T], which tokens attention could see in one forward pass of a training."""
+    seen: list[Tensor] = []
+    handle = model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model.train()(ids)
+    handle.remove()
+    return seen[0][:, 0, 0]
+
+
+def test_token_dropout_hides_its_share_of_the_tokens_in_training() -> None:
+    model = build(token_dropout=0.3)
+    ids = torch.full((400, MAX_LENGTH), 3)
+    ids[:, 8:] = 0
+
+    seen = seen_in_training(model, ids)
+
+    # 3,200 tokens: three standard deviations are 0.025.
+    assert seen[:, :8].float().mean().item() == pytest.approx(0.7, abs=0.025)
+    assert not seen[:, 8:].any()
+    assert len({tuple(row) for row in seen.tolist()}) > 50
+    assert not torch.equal(seen, seen_in_training(model, ids))
+
+
+def test_a_hidden_token_is_as_good_as_absent() -> None:
+    model = build(token_dropout=0.5, dropout=0.0)
+    ids = torch.randint(1, VOCAB_SIZE, (16, MAX_LENGTH), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    seen = seen_in_training(model, ids)
+    torch.manual_seed(3)
+    logits = model(ids)
+
+    torch.testing.assert_close(logits, model.eval()(ids, seen), rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_whose_tokens_are_all_hidden_is_an_empty_one() -> None:
+    model = build(token_dropout=0.999, dropout=0.0).train()
+
+    logits = model(torch.full((4, 1), 3))
+    logits.sum().backward()
+
+    torch.testing.assert_close(logits, model.classifier.bias.expand(4, -1), rtol=0, atol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_token_dropout_draws_on_the_global_generator_and_only_if_asked_for() -> None:
+    ids = random_ids(8, MAX_LENGTH)
+
+    def trained(token_dropout: float) -> tuple[Tensor, Tensor]:
+        model = build(token_dropout=token_dropout, dropout=0.0).train()
+        torch.manual_seed(1)
+        return model(ids), torch.get_rng_state()
+
+    assert torch.equal(trained(0.5)[0], trained(0.5)[0])
+    after = trained(0.0)[1]
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_token_dropout_is_off_in_evaluation() -> None:
+    ids = random_ids(8, MAX_LENGTH)
+
+    assert torch.equal(build(token_dropout=0.9)(ids), build()(ids))
+
+
+# torch deprecates TorchScript; it is still one of the two formats that TorchServe loads by itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("convert", ["trace", "script", "export"])
+def test_token_dropout_vanishes_on_the_ways_out_of_eager_mode(convert: str) -> None:
+    model = build(token_dropout=0.9)
+    example = arguments(random_ids(2, 5), masked=True)
+    if convert == "export":
+        converted = torch.export.export(model, example, dynamic_shapes=dynamic_axes(masked=True)).module()
+    else:
+        converted = torch.jit.trace(model, example) if convert == "trace" else torch.jit.script(model)
+
+    assert_answers_like(model, converted, masked=True)
+
+
 def test_it_learns_which_of_two_words_comes_first() -> None:
     torch.manual_seed(0)
     model = build_text_classifier(**{**CONFIG, "num_classes": 2, "num_layers": 1, "dropout": 0.0})
@@ -326,6 +404,10 @@ def test_inputs_on_another_device_are_explained(model: TextClassifier) -> None:
         ({"max_length": -1}, "max_length is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": "0.1"}, "dropout is '0.1'"),
+        ({"token_dropout": 1.0}, "token_dropout is 1.0"),
+        ({"token_dropout": -0.1}, "token_dropout is -0.1"),
+        ({"token_dropout": True}, "token_dropout is True"),
+        ({"token_dropout": "0.1"}, "token_dropout is '0.1'"),
         ({"pad_id": -1}, "pad_id is -1"),
         ({"pad_id": VOCAB_SIZE}, "pad_id is 50 and vocab_size is 50"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing is 1"),
