@@ -199,9 +199,6 @@ class TrainerSection(Section):
     accumulation: int = Field(default=1, ge=1)
     """Parts that a batch is computed in, to need less memory; the step stays that of the whole batch."""
 
-    adversarial_norm: float = Field(default=0.0, ge=0)
-    """L2 norm of a move of the embeddings against each batch, which is computed a second time there; 0 for none."""
-
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of what torch's autocast deems safe in it; weights stay fp32."""
 
@@ -282,11 +279,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        if self.trainer.adversarial_norm and self.model.name != "text_encoder":
-            raise ValueError(
-                f"trainer.adversarial_norm is {self.trainer.adversarial_norm:g}, and the model {self.model.name} has "
-                "no embeddings; set it to 0."
-            )
         fitting = _MODELS_FOR[self.data.name]
         if self.model.name != fitting:
             raise ValueError(

@@ -251,7 +251,6 @@ class Session:
             device=self._device,
             precision=trainer.precision,
             accumulation=trainer.accumulation,
-            adversarial_norm=trainer.adversarial_norm,
             processes=self._processes,
         )
 

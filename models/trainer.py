@@ -91,10 +91,6 @@ class Trainer:
         precision: fp32; bf16, or fp16 with a scaled loss, for what torch's autocast deems safe in them.
         accumulation: parts that a batch is computed in, one after the other, to need less memory. The step is that
             of the whole batch: each part counts by its samples.
-        adversarial_norm: each batch is computed a second time, with the embeddings moved by this L2 norm in the
-            direction that raises its loss most, and the two gradients are averaged; 0 leaves it out. A way to make
-            more of few texts, for twice the time: T. Miyato, A. Dai, I. Goodfellow, https://arxiv.org/abs/1605.07725,
-            with the move made in the embedding weights.
         processes: those that share each batch.
     """
 
@@ -108,7 +104,6 @@ class Trainer:
         device: torch.device,
         precision: Precision = "fp32",
         accumulation: int = 1,
-        adversarial_norm: float = 0.0,
         processes: Processes = ALONE,
     ) -> None:
         self.model = model.to(device)
@@ -121,8 +116,6 @@ class Trainer:
         self._autocast_dtype = _AUTOCAST_DTYPES.get(precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._accumulation = accumulation
-        self._adversarial_norm = adversarial_norm
-        self._embeddings = [module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)]
         self._processes = processes
         self._skipped_in_a_row = 0
         self._sums = _Sums()
@@ -190,10 +183,7 @@ class Trainer:
     def _step(self, batch: Batch) -> StepMetrics:
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.zero_grad(set_to_none=True)
-        moved = batch.to(self._device)
-        loss = self._backward(moved)
-        if self._adversarial_norm:
-            self._backward_adversarially(moved)
+        loss = self._backward(batch.to(self._device))
         self._scaler.unscale_(self._optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         mean_loss = self._processes.sum(loss) / self._processes.world_size
@@ -216,24 +206,6 @@ class Trainer:
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
-
-    def _backward_adversarially(self, batch: Batch) -> None:
-        """Averages the gradients with those at the worst place nearby."""
-        gradients = [weight.grad for weight in self._embeddings if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        before = [weight.detach().clone() for weight in self._embeddings]
-        with torch.no_grad():
-            for weight in self._embeddings:
-                if weight.grad is not None:
-                    # The smallest normal number: a batch without gradient moves nothing.
-                    weight.add_(weight.grad * (self._adversarial_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
-        self._backward(batch)
-        with torch.no_grad():
-            for weight, old in zip(self._embeddings, before, strict=True):
-                weight.copy_(old)
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= 2
 
     def _no_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients once a step, with the last part."""

@@ -178,7 +178,6 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     ("overrides", "expected"),
     [
         (["data.name=tickets", "model.name=convnet"], "model.name is convnet, and data.name is tickets"),
-        (["trainer.adversarial_norm=1.0"], "the model convnet has no embeddings; set it to 0"),
         (["trainer.accumulation=3"], "does not divide into trainer.accumulation = 3 parts"),
         (["data.name=digit"], "data.name is 'digit' in -s data.name=digit; it must be one of digits, images"),
         (["data.path=x"], "There is no key data.path in a recipe"),
