@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -47,24 +45,26 @@ def serve(
     The archives are verified first; workers become ready only when they repeat their golden answers.
     """
     from deploy.ports import Ports  # noqa: PLC0415  # fast --help
-    from deploy.server import TorchServe  # noqa: PLC0415
+    from deploy.server import TorchServe, noted_signals  # noqa: PLC0415
     from export.archive import open_archive  # noqa: PLC0415
 
     opened = [open_archive(path) for path in archives]
     _refuse_twins(opened)
     ports = Ports.from_first(port)
-    _stop_on_signals()
     progress = Console(stderr=True)
-    with TorchServe(opened, ports, host=host, workers=workers, echo=sys.stderr) as server:
+    # TorchServe runs in a session of its own and would outlive us: SIGTERM of a service manager and SIGHUP of a closed
+    # terminal stop it as cleanly as Ctrl-C.
+    with (
+        noted_signals() as interrupts,
+        TorchServe(opened, ports, host=host, workers=workers, echo=sys.stderr) as server,
+    ):
         with progress.status("starting TorchServe"):
-            server.wait_until_ready(timeout)
-        try:
-            _print_ready(server, opened)
-            code = server.wait()
-        except KeyboardInterrupt:
-            progress.print("stopping")
-        else:
+            server.wait_until_ready(timeout, interrupts=interrupts)
+        _print_ready(server, opened)
+        code = server.wait(interrupts=interrupts)
+        if code is not None:
             raise StartError(f"TorchServe ended by itself with exit code {code} (log: {server.log_file})")
+        progress.print("stopping")
     return {"ok": True, "url": server.state.inference_url, "models": server.state.models}
 
 
@@ -73,28 +73,6 @@ def _refuse_twins(archives: list[Archive]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise StartError(f"two of the archives are called {twice!r}; export one of them with another --name")
-
-
-def _stop_on_signals() -> None:
-    """Stop as cleanly as on Ctrl-C when a service manager ends us or the terminal is closed.
-
-    TorchServe runs in a session of its own and would outlive us.
-    """
-    from deploy.server import STOP_SIGNALS  # noqa: PLC0415  # fast --help
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup sets
-            signal.signal(number, _interrupt)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    from deploy.server import STOP_SIGNALS  # noqa: PLC0415
-
-    # A second one must not interrupt the way to TorchServe.stop. Not SIG_IGN: of signals that came at the same moment
-    # Python would then complain on stderr.
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
 
 
 def _print_ready(server: TorchServe, archives: list[Archive]) -> None:

@@ -191,16 +191,23 @@ class TorchServe:
                     with contextlib.suppress(OSError, ValueError):
                         print(line, end="", file=copy, flush=True)
 
-    def wait_until_ready(self, timeout_s: float) -> None:
+    def wait_until_ready(self, timeout_s: float, *, interrupts: Sequence[int] = ()) -> None:
         """Wait until every worker of every model is READY.
+
+        Args:
+            timeout_s: For how long.
+            interrupts: Signals that have arrived; see :func:`noted_signals`.
 
         Raises:
             StartError: If a worker refuses to become ready, TorchServe ends, or the time is over.
+            KeyboardInterrupt: If a signal has arrived.
         """
         deadline = time.monotonic() + timeout_s
         scaled = self._workers is None
         obstacle = None
         while time.monotonic() < deadline:
+            if interrupts:
+                raise KeyboardInterrupt
             self._check_alive()
             try:
                 workers = self._workers_by_model()
@@ -267,31 +274,31 @@ class TorchServe:
             trust_env=False,  # a proxy in the environment would stand between us and this machine
         )
 
-    def wait(self) -> int:
-        """Wait until TorchServe ends by itself, and return its exit code."""
+    def wait(self, *, interrupts: Sequence[int] = ()) -> int | None:
+        """Wait until TorchServe ends by itself, and return its exit code; None once a signal has arrived."""
         if self._process is None:
             raise StartError("TorchServe was not started")
-        return self._process.wait()
+        while not interrupts:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(timeout=_POLL_S)
+        return None
 
     def stop(self) -> None:
         """Stop TorchServe: the frontend first, which stops its workers; then whatever is left, by process id.
 
         Another Ctrl-C, or SIGTERM, while it waits for them ends them at once.
         """
-        with _noted_signals() as hurry, self._taken:
+        with noted_signals() as hurry, self._taken:
             if self._process is None:
                 return
             self._end(psutil.Process.terminate, timeout_s=_STOP_TIMEOUT_S, hurry=hurry)
             self._end(psutil.Process.kill, timeout_s=_KILL_TIMEOUT_S)
-            # With a limit: an interrupt in the wrong moment leaves the lock inside Popen taken for ever.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_KILL_TIMEOUT_S)
             if self._reader is not None:
                 self._reader.join(timeout=_KILL_TIMEOUT_S)
 
-    def _end(
-        self, send: Callable[[psutil.Process], None], *, timeout_s: float, hurry: threading.Event | None = None
-    ) -> None:
+    def _end(self, send: Callable[[psutil.Process], None], *, timeout_s: float, hurry: Sequence[int] = ()) -> None:
         """Signal whatever runs of this server, and wait until nothing does, or for as long as there is no hurry."""
         family = self._family()
         # Of a server in order the frontend alone is asked to stop: it does the rest.
@@ -301,7 +308,7 @@ class TorchServe:
             with contextlib.suppress(psutil.NoSuchProcess):
                 send(member)
         deadline = time.monotonic() + timeout_s
-        while family and time.monotonic() < deadline and not (hurry and hurry.is_set()):
+        while family and time.monotonic() < deadline and not hurry:
             _, family = psutil.wait_procs(family, timeout=_POLL_S)
 
     def _family(self) -> list[psutil.Process]:
@@ -321,13 +328,21 @@ class TorchServe:
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[threading.Event]:
-    """Keep signals from interrupting what has to be done to its end; they set the event instead."""
-    noted = threading.Event()
+def noted_signals() -> Iterator[list[int]]:
+    """Keep signals from interrupting the block; they are put into the list instead. One that is ignored stays so.
+
+    An exception out of a signal handler may arrive inside any library, with its locks held. A list, and not a
+    threading.Event: a signal that arrives while another one is setting an event waits for ever for its lock.
+    """
+    noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield noted
         return
-    before = {number: signal.signal(number, lambda *_: noted.set()) for number in STOP_SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN  # which nohup sets
+    }
     try:
         yield noted
     finally:
