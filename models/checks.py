@@ -128,11 +128,11 @@ def require_integer(name: str, value: object, *, minimum: int) -> None:
         raise ModelConfigError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
 
 
-def require_dropout(value: object) -> None:
+def require_dropout(value: object, *, name: str = "dropout") -> None:
     """Checks a probability of dropout.
 
     Raises:
-        ModelConfigError: naming the value and the range.
+        ModelConfigError: naming the argument, its value and the range.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
-        raise ModelConfigError(f"dropout is {value!r}; it must be at least 0 and below 1.")
+        raise ModelConfigError(f"{name} is {value!r}; it must be at least 0 and below 1.")

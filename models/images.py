@@ -70,14 +70,6 @@ class ImageDataset:
         """1 for grey, 3 for RGB."""
         return len(self.mean)
 
-    def to_tensors(self, split: LabelledImages) -> tuple[Tensor, Tensor]:
-        """Normalises a split for the model.
-
-        Returns:
-            Images [N, C, H, W] float32, (pixel / 255 - mean) / std, and labels [N] int64.
-        """
-        return normalise(split.images, mean=self.mean, std=self.std), torch.from_numpy(split.labels)
-
 
 class ImageSample(NamedTuple):
     """One image, as `ImageCollate` takes it."""

@@ -70,7 +70,7 @@ class TextClassifierConfig:
             require_integer(name, getattr(self, name), minimum=1)
         require_integer("pad_id", self.pad_id, minimum=0)
         require_dropout(self.dropout)
-        _require_token_dropout(self.token_dropout)
+        require_dropout(self.token_dropout, name="token_dropout")
         if self.hidden_dim % self.num_heads:
             raise ModelConfigError(
                 f"hidden_dim is {self.hidden_dim} and num_heads is {self.num_heads}; "
@@ -202,11 +202,6 @@ def build_text_classifier(**config: Any) -> TextClassifier:
     require_arguments("TextClassifier", TextClassifierConfig, config)
     checked = TextClassifierConfig(**config)
     return TextClassifier(**asdict(checked))
-
-
-def _require_token_dropout(value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
-        raise ModelConfigError(f"token_dropout is {value!r}; it must be at least 0 and below 1.")
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def test_the_digits_are_a_data_set() -> None:
     assert dataset.files == {}
     assert dataset.skipped_rows == 0
     batch = dataset.collate([dataset.train[i] for i in range(50)])
-    assert torch.equal(batch.inputs["image"], images.to_tensors(images.train)[0][:50])
+    assert torch.equal(batch.inputs["image"], normalise(images.train.images[:50], mean=images.mean, std=images.std))
     assert dataset.digest != build_digits_dataset(seed=3).digest
 
 
