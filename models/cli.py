@@ -61,7 +61,7 @@ def train(
         "loss": result.loss,
         "samples": result.samples,
         "epochs": result.epochs,
-        "best_epoch": result.best_epoch,
+        "weights_epoch": result.weights_epoch,
         "resumed_after_epoch": result.resumed_after_epoch,
         "parameters": result.parameters,
         "device": result.device,
@@ -87,7 +87,9 @@ def _print_result(recipe: "Recipe", result: "TrainingResult") -> None:
     table.add_row("held-out accuracy", f"{result.accuracy:.4f} of {result.samples} samples")
     table.add_row("macro F1", f"{result.report.macro_f1:.4f}")
     stopped = result.epochs < recipe.trainer.epochs
-    table.add_row("epochs", f"{result.epochs}{' (stopped early)' if stopped else ''}, the best was {result.best_epoch}")
+    table.add_row(
+        "epochs", f"{result.epochs}{' (stopped early)' if stopped else ''}, weights of epoch {result.weights_epoch}"
+    )
     if result.resumed_after_epoch:
         table.add_row("resumed", f"after epoch {result.resumed_after_epoch}")
     if result.skipped_rows:

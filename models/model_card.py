@@ -52,7 +52,7 @@ class ModelCard:
     epochs: int
     """That were trained."""
 
-    best_epoch: int
+    weights_epoch: int
     """Whose weights were kept."""
 
     optimizer: str
@@ -139,7 +139,7 @@ def _data(card: ModelCard) -> str:
 
 def _training(card: ModelCard) -> str:
     facts = [
-        ("Epochs", f"{card.epochs}, the best was {card.best_epoch}"),
+        ("Epochs", f"{card.epochs}, weights of epoch {card.weights_epoch}"),
         ("Optimizer", _text(card.optimizer)),
         ("Schedule", _text(card.schedule)),
         ("Precision", _text(card.precision)),

@@ -15,7 +15,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-Fraction = Annotated[float, Field(ge=0.05, le=0.5)]
+Fraction = Annotated[float, Field(ge=0.01, le=0.5)]
 """A share of the samples, large enough to hold every class."""
 
 # Lists are how YAML writes a tuple, so this one conversion is allowed.
@@ -167,6 +167,12 @@ class TextEncoderSection(Section):
     token_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a token is hidden in training, as if it were padding: an over-fitted model is then less sure."""
 
+    bag_of_tokens: bool = False
+    """Whether a linear model over the tokens learns beside the encoder; the answer is their average."""
+
+    pair_buckets: int = Field(default=0, ge=0)
+    """Rows of that linear model for pairs of neighbouring tokens; 0 for none."""
+
     gradient_checkpointing: bool = False
     """Whether activations are computed twice instead of kept: less memory, a third more time."""
 
@@ -207,6 +213,9 @@ class TrainerSection(Section):
 
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients longer than this L2 norm are scaled down to it."""
+
+    final_weights: Literal["best", "last"] = "best"
+    """Of which epoch: best on the validation split, or last, when that split is too small to tell epochs apart."""
 
     early_stopping: int | None = Field(default=None, ge=1)
     """Epochs without a better validation after which the training ends; null for never."""

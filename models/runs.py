@@ -66,7 +66,7 @@ class RunSummary:
     macro_f1: float | None = None
     """Mean F1 of the classes."""
 
-    best_epoch: int | None = None
+    weights_epoch: int | None = None
     """Whose weights were kept."""
 
     seconds: float | None = None
@@ -182,7 +182,7 @@ def read_run(path: Path) -> RunSummary:
         accuracy=_number(measured.get("accuracy")),
         loss=_number(measured.get("loss")),
         macro_f1=_number(measured.get("macro_f1")),
-        best_epoch=_integer(result.get("best_epoch")),
+        weights_epoch=_integer(result.get("weights_epoch")),
         seconds=_seconds(run, epochs),
         parameters=_integer(run.get("parameters")),
         device=_string(run.get("device")),

@@ -85,7 +85,7 @@ def _print_comparison(console: Console, comparison: RunComparison) -> None:
         ("loss", [_digits(run.loss) for run in comparison.runs]),
         ("macro F1", [_digits(run.macro_f1) for run in comparison.runs]),
         ("epochs", [_epochs(run) for run in comparison.runs]),
-        ("best epoch", [_value(run.best_epoch) for run in comparison.runs]),
+        ("weights of epoch", [_value(run.weights_epoch) for run in comparison.runs]),
         ("parameters", [_NONE if run.parameters is None else f"{run.parameters:,}" for run in comparison.runs]),
         ("time", [_time(run) for run in comparison.runs]),
         ("started", [_moment(run) for run in comparison.runs]),

@@ -196,10 +196,13 @@ class Session:
         return [-epoch for _, _, epoch in self._kept]
 
     def final_checkpoint(self) -> tuple[Checkpoint, ClassificationReport]:
-        """The best epoch's weights, measured on the held-out split."""
-        self._trainer.model.load_state_dict(self._best["state_dict"])
+        """The weights that the recipe asks for, the best epoch's or the last one's, measured on the held-out split."""
+        epoch = self.epoch
+        if self._recipe.trainer.final_weights == "best":
+            epoch = self._best["epoch"]
+            self._trainer.model.load_state_dict(self._best["state_dict"])
         held_out = self._evaluate(self._dataset.held_out)
-        checkpoint = self._checkpoint(headline(held_out), split="held_out", epoch=self._best["epoch"], training=None)
+        checkpoint = self._checkpoint(headline(held_out), split="held_out", epoch=epoch, training=None)
         return checkpoint, held_out
 
     def weights(self) -> dict[str, torch.Tensor]:

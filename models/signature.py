@@ -70,7 +70,7 @@ def image_classification_signature(dataset: ImageDescription) -> dict[str, Any]:
 
 
 def text_classification_signature(
-    class_names: Sequence[str], *, tokenizer: str, max_length: int, pad_id: int
+    class_names: Sequence[str], *, tokenizer: str, vocab_size: int, max_length: int, pad_id: int
 ) -> dict[str, Any]:
     """Describes what a text classifier takes and returns.
 
@@ -80,6 +80,7 @@ def text_classification_signature(
     Args:
         class_names: index i names class i.
         tokenizer: name of the file beside the weights that cuts texts into tokens, truncation included.
+        vocab_size: rows of the embedding table; ids are smaller.
         max_length: tokens of the longest text.
         pad_id: the token that fills up.
     """
@@ -87,9 +88,25 @@ def text_classification_signature(
         "format_version": 1,
         "task": "text-classification",
         "inputs": [
-            {"name": "input_ids", "dtype": "int64", "shape": ["batch", "length"]},
-            {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "length"]},
+            {
+                "name": "input_ids",
+                "dtype": "int64",
+                "shape": ["batch", "length"],
+                "minimum": 0,
+                "maximum": vocab_size - 1,
+                "padding": pad_id,
+            },
+            # A token's mask is 1, so only padding differs.
+            {
+                "name": "attention_mask",
+                "dtype": "int64",
+                "shape": ["batch", "length"],
+                "minimum": 1,
+                "maximum": 1,
+                "padding": 0,
+            },
         ],
+        "axes": {"length": {"minimum": 1, "maximum": max_length}},
         "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", len(class_names)]}],
         "labels": list(class_names),
         "preprocessing": {"text": {"tokenizer": tokenizer, "max_length": max_length, "pad_id": pad_id}},

@@ -153,6 +153,7 @@ def build_text_dataset(
         signature=text_classification_signature(
             corpus.class_names,
             tokenizer=tokenizers.FILE_NAME,
+            vocab_size=tokenizer.vocab_size,
             max_length=tokenizer.max_length,
             pad_id=tokenizer.pad_id,
         ),

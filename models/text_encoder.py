@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import MultiHeadAttention
+from models.bag_of_tokens import BagOfTokens
 from models.blocks import EncoderLayer
 from models.checks import (
     require_arguments,
@@ -52,6 +53,12 @@ class TextClassifierConfig:
     token_dropout: float = 0.0
     """Probability, in [0, 1), that a token is hidden in training, as if it were padding."""
 
+    bag_of_tokens: bool = False
+    """Average the logits with those of a linear model over the tokens, which learns on its own beside the encoder."""
+
+    pair_buckets: int = 0
+    """Rows of that linear model for pairs of neighbouring tokens; 0 for none."""
+
     pad_id: int = 0
     """The token that fills a batch up to its longest text."""
 
@@ -69,6 +76,7 @@ class TextClassifierConfig:
         for name in ("hidden_dim", "num_layers", "num_heads", "intermediate_dim", "max_length"):
             require_integer(name, getattr(self, name), minimum=1)
         require_integer("pad_id", self.pad_id, minimum=0)
+        require_integer("pair_buckets", self.pair_buckets, minimum=0)
         require_dropout(self.dropout)
         require_dropout(self.token_dropout, name="token_dropout")
         if self.hidden_dim % self.num_heads:
@@ -81,14 +89,23 @@ class TextClassifierConfig:
                 f"pad_id is {self.pad_id} and vocab_size is {self.vocab_size}; "
                 "give the id of a token in the vocabulary."
             )
-        if not isinstance(self.gradient_checkpointing, bool):
+        for name in ("gradient_checkpointing", "bag_of_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.pair_buckets and not self.bag_of_tokens:
             raise ModelConfigError(
-                f"gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true or false."
+                f"pair_buckets is {self.pair_buckets}, and pairs are counted by the bag of tokens only; "
+                "set bag_of_tokens to true or pair_buckets to 0."
             )
 
 
 class TextClassifier(nn.Module):
     """Embeddings, encoder layers, the mean over a text's tokens, and one linear layer.
+
+    With `bag_of_tokens` a linear model over the tokens stands beside the encoder, as in wide and deep learning (Cheng
+    et al., arXiv:1606.07792), but each learns on its own: trained on their sum, the linear model soon explains the
+    training texts alone, and the encoder learns nothing (SST-2: 0.80 on its own, 0.70 on the sum). What the model
+    predicts is the average, and as they err on different texts, it is right more often than either.
 
     Padding has no influence: a text has the same logits alone and in a batch with longer ones. A row of nothing but
     padding has the logits of an empty text, the classifier's bias.
@@ -96,7 +113,7 @@ class TextClassifier(nn.Module):
     Shapes (B = batch, T = tokens, D = hidden_dim, K = classes):
         input  input_ids [B, T] int64, each in [0, vocab_size); 1 <= T <= max_length
         input  attention_mask [B, T] bool or int64, true for text and false for padding
-        output [B, num_classes] float32 logits
+        output [B, K] float32 logits; in training with `bag_of_tokens` [B, 2, K], those of encoder and linear model
 
     To export with a dynamic length, bound it: `torch.export.Dim("length", max=max_length)`.
     """
@@ -113,6 +130,8 @@ class TextClassifier(nn.Module):
         max_length: int,
         dropout: float = 0.0,
         token_dropout: float = 0.0,
+        bag_of_tokens: bool = False,
+        pair_buckets: int = 0,
         pad_id: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -130,10 +149,13 @@ class TextClassifier(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_dim)
         self.pooled_dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden_dim, num_classes)
+        self.bag_of_tokens = BagOfTokens(vocab_size, num_classes, pair_buckets=pair_buckets) if bag_of_tokens else None
         self.apply(_initialise)
+        if self.bag_of_tokens is not None:
+            self.bag_of_tokens.reset_parameters()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Maps token ids [B, T] to logits [B, K].
+        """Maps token ids [B, T] to logits [B, K]; in training with a bag of tokens, [B, 2, K].
 
         Args:
             input_ids: [B, T] int64.
@@ -146,6 +168,7 @@ class TextClassifier(nn.Module):
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check(input_ids, attention_mask)
         is_text = input_ids.ne(self.pad_id) if attention_mask is None else attention_mask.to(torch.bool)
+        whole_text = is_text
         if self.training and self.token_dropout > 0:
             # Hidden rather than replaced with [UNK]: as accurate on SST-2, with a validation loss of 0.55 rather than
             # 0.71 (2 layers, 2 seeds), and the model need not know one token more.
@@ -169,6 +192,10 @@ class TextClassifier(nn.Module):
         weights = is_text.unsqueeze(-1).to(hidden.dtype)  # [B, T, 1]
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)  # [B, D]
         logits: Tensor = self.classifier(self.pooled_dropout(pooled))
+        if self.bag_of_tokens is not None:
+            both = torch.stack((logits, self.bag_of_tokens(input_ids, whole_text)), dim=1)  # [B, 2, K]
+            # The mean of log-probabilities but for a constant: as well calibrated as its parts.
+            return both if self.training else both.mean(dim=1)
         return logits
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -83,7 +83,8 @@ class Trainer:
     """Trains a classifier with cross-entropy, one step a batch.
 
     Args:
-        model: maps a batch's inputs to logits [B, K]; moved to the device.
+        model: maps a batch's inputs to logits [B, K]; in training perhaps to [B, H, K], those of H parts that each
+            learn on their own. Moved to the device.
         optimizer: of the model's parameters.
         scheduler: stepped after every step; None for a constant learning rate.
         max_grad_norm: longer gradients are clipped to this L2 norm.
@@ -175,7 +176,7 @@ class Trainer:
         self._sums = _Sums(**state["sums"])
 
     def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits [B, K]."""
+        """The model's logits."""
         with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None):
             logits: Tensor = model(**batch.inputs)
         return logits
@@ -202,7 +203,7 @@ class Trainer:
         for number, part in enumerate(parts, start=1):
             with self._no_sync(last=number == len(parts)):
                 logits = self._forward(self._parallel, part)
-                loss = F.cross_entropy(logits.float(), part.labels) * (len(part) / len(batch))
+                loss = _mean_loss(logits.float(), part.labels) * (len(part) / len(batch))
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -232,3 +233,11 @@ class Trainer:
                 step=self.steps + 1,
                 batch=batch,
             )
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [B, K], or of each part's in [B, H, K]."""
+    if logits.dim() == 3:
+        labels = labels.repeat_interleave(logits.size(1))
+        logits = logits.flatten(end_dim=1)
+    return F.cross_entropy(logits, labels)

@@ -42,7 +42,7 @@ class TrainingResult:
     report: ClassificationReport
     """On the held-out split."""
 
-    best_epoch: int
+    weights_epoch: int
     """The epoch whose weights were kept."""
 
     epochs: int
@@ -205,14 +205,14 @@ class _Training:
         checkpoint, report = self._session.final_checkpoint()
         seconds = time.perf_counter() - self._started
         if self._processes.is_main:
-            result = {**report.as_dict(), "best_epoch": checkpoint.epoch, "epochs": self._session.epoch}
+            result = {**report.as_dict(), "weights_epoch": checkpoint.epoch, "epochs": self._session.epoch}
             self._run.write_card(render_model_card(self._card(checkpoint, report, seconds)))
             save_checkpoint(checkpoint, self._run.checkpoint)
             self._run.write_facts(self._facts("finished", result=result))
         return TrainingResult(
             checkpoint_path=self._run.checkpoint,
             report=report,
-            best_epoch=checkpoint.epoch,
+            weights_epoch=checkpoint.epoch,
             epochs=self._session.epoch,
             resumed_after_epoch=resumed_after_epoch,
             parameters=self._session.parameter_count,
@@ -305,7 +305,7 @@ class _Training:
             skipped_rows=self._dataset.skipped_rows,
             recipe=recipe.as_dict(),
             epochs=session.epoch,
-            best_epoch=checkpoint.epoch,
+            weights_epoch=checkpoint.epoch,
             optimizer=f"AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}",
             schedule=f"{optimizer.schedule.replace('_', ' ')}, warm-up {optimizer.warmup_fraction:.0%} of the steps",
             precision=recipe.trainer.precision,

@@ -15,7 +15,7 @@ from models.runs import RunState, compare_runs, list_runs, read_run
 from models.runs_cli import runs
 
 RECIPE = {"name": "digits", "seed": 0, "model": {"widths": [32, 64]}, "trainer": {"epochs": 3, "batch_size": 64}}
-RESULT = {"accuracy": 0.99, "loss": 0.05, "samples": 360, "macro_f1": 0.98, "best_epoch": 2}
+RESULT = {"accuracy": 0.99, "loss": 0.05, "samples": 360, "macro_f1": 0.98, "weights_epoch": 2}
 
 
 def epoch(number: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_a_finished_run_tells_everything(tmp_path: Path) -> None:
         "accuracy": 0.99,
         "loss": 0.05,
         "macro_f1": 0.98,
-        "best_epoch": 2,
+        "weights_epoch": 2,
         "seconds": 12.5,
         "parameters": 1234,
         "device": "cpu",
@@ -93,7 +93,7 @@ def test_a_training_in_the_folder_is_running_and_one_that_was_killed_interrupted
     assert (running.epochs, running.planned_epochs) == (2, 3)
     assert (running.split, running.accuracy, running.macro_f1) == ("validation", 0.7, 0.4)
     assert running.seconds == 3.0
-    assert running.best_epoch is None
+    assert running.weights_epoch is None
 
 
 def test_reading_leaves_no_lock_behind(tmp_path: Path) -> None:

@@ -192,6 +192,34 @@ def test_training_lowers_the_loss_and_evaluation_measures_it() -> None:
     assert after.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
 
 
+class TwoParts(nn.Module):
+    """Two linear classifiers that learn on their own; their average predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Linear(2, 2), Linear(2, 2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = torch.stack([part(x) for part in self.parts], dim=1)
+        return logits if self.training else logits.mean(dim=1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_parts_of_a_model_each_take_the_step_that_they_would_take_alone(accumulation: int) -> None:
+    torch.manual_seed(0)
+    model = TwoParts()
+    alone = [copy.deepcopy(part) for part in model.parts]
+    inputs = torch.randn(8, 2)
+    batches = in_batches(inputs, (inputs[:, 0] > 0).long(), batch_size=8)
+    # Half the step: the loss of two parts is their mean.
+    metrics = make_trainer(model, learning_rate=1.0, accumulation=accumulation).train_epoch(batches)
+    singles = [make_trainer(part, learning_rate=0.5).train_epoch(batches) for part in alone]
+
+    assert metrics.loss == pytest.approx(sum(single.loss for single in singles) / 2)
+    for part, single in zip(model.parts, alone, strict=True):
+        torch.testing.assert_close(part.weight, single.weight)
+
+
 def test_evaluation_changes_nothing() -> None:
     model = build_conv_classifier(in_channels=1, num_classes=2, widths=[2], dropout=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

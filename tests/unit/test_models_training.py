@@ -89,7 +89,10 @@ def test_the_validation_split_chooses_the_checkpoint(reference: Path) -> None:
     assert all(line["train"]["grad_norm"] > 0 for line in lines)
 
 
-def test_a_later_and_worse_epoch_does_not_replace_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("final_weights", "epoch"), [("best", 3), ("last", 4)])
+def test_the_recipe_chooses_whose_weights_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final_weights: str, epoch: int
+) -> None:
     from models.evaluation import ClassificationReport, ClassReport
     from models.session import Session
 
@@ -116,12 +119,13 @@ def test_a_later_and_worse_epoch_does_not_replace_the_best(tmp_path: Path, monke
     def remember(report: EpochReport) -> None:
         weights.append(load_checkpoint(tmp_path / "last.pt").state_dict["classifier.weight"])
 
-    result = train(tiny(), tmp_path, observer=Observer(on_epoch=remember))
+    recipe = tiny(f"trainer.final_weights={final_weights}")
+    result = train(recipe, tmp_path, observer=Observer(on_epoch=remember))
 
-    assert result.best_epoch == 3
+    assert result.weights_epoch == epoch
     assert result.accuracy == 0.1
     kept = load_checkpoint(result.checkpoint_path).state_dict["classifier.weight"]
-    assert [torch.equal(kept, epoch) for epoch in weights] == [False, False, True, False]
+    assert [torch.equal(kept, weight) for weight in weights] == [number == epoch for number in (1, 2, 3, 4)]
 
 
 def test_the_same_recipe_gives_the_same_bytes_in_any_folder(reference: Path, tmp_path: Path) -> None:
