@@ -44,6 +44,14 @@ class Batch:
             for start in range(0, len(self), size)
         ]
 
+    def twice(self) -> Self:
+        """Every sample twice: all of them, then all of them again."""
+        return type(self)(
+            inputs={name: torch.cat((tensor, tensor)) for name, tensor in self.inputs.items()},
+            labels=torch.cat((self.labels, self.labels)),
+            ids=torch.cat((self.ids, self.ids)),
+        )
+
     def pin_memory(self) -> Self:
         """DataLoader's hook for a type of its own."""
         return type(self)(

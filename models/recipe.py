@@ -205,6 +205,9 @@ class TrainerSection(Section):
     accumulation: int = Field(default=1, ge=1)
     """Parts that a batch is computed in, to need less memory; the step stays that of the whole batch."""
 
+    consistency: float = Field(default=0.0, ge=0)
+    """Weight of the difference that dropout makes between two passes over a batch; 0 for one pass, in half the time."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of what torch's autocast deems safe in it; weights stay fp32."""
 

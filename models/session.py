@@ -254,6 +254,7 @@ class Session:
             device=self._device,
             precision=trainer.precision,
             accumulation=trainer.accumulation,
+            consistency=trainer.consistency,
             processes=self._processes,
         )
 

@@ -28,7 +28,7 @@ class EpochMetrics:
     """What one epoch of training was like."""
 
     loss: float
-    """Mean cross-entropy over the epoch's samples, in nats."""
+    """Mean over the epoch's samples, in nats: cross-entropy, and what `consistency` adds."""
 
     grad_norm: float
     """Mean L2 norm of the gradient over the epoch's steps, before clipping."""
@@ -45,7 +45,7 @@ class StepMetrics:
     """From 1, over all epochs."""
 
     loss: float
-    """Mean cross-entropy of the batch, in nats; of all processes together."""
+    """Mean over the batch, in nats: cross-entropy, and what `consistency` adds; of all processes together."""
 
     grad_norm: float
     """L2 norm of the gradient before clipping."""
@@ -92,6 +92,8 @@ class Trainer:
         precision: fp32; bf16, or fp16 with a scaled loss, for what torch's autocast deems safe in them.
         accumulation: parts that a batch is computed in, one after the other, to need less memory. The step is that
             of the whole batch: each part counts by its samples.
+        consistency: weight of the divergence between two passes over the same samples, which differ by dropout, beside
+            their cross-entropy (R-Drop, Liang et al., arXiv:2106.14448); 0 for a single pass.
         processes: those that share each batch.
     """
 
@@ -105,6 +107,7 @@ class Trainer:
         device: torch.device,
         precision: Precision = "fp32",
         accumulation: int = 1,
+        consistency: float = 0.0,
         processes: Processes = ALONE,
     ) -> None:
         self.model = model.to(device)
@@ -117,6 +120,7 @@ class Trainer:
         self._autocast_dtype = _AUTOCAST_DTYPES.get(precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._accumulation = accumulation
+        self._consistency = consistency
         self._processes = processes
         self._skipped_in_a_row = 0
         self._sums = _Sums()
@@ -202,11 +206,17 @@ class Trainer:
         parts = batch.split(self._accumulation)
         for number, part in enumerate(parts, start=1):
             with self._no_sync(last=number == len(parts)):
-                logits = self._forward(self._parallel, part)
-                loss = _mean_loss(logits.float(), part.labels) * (len(part) / len(batch))
+                loss = self._loss(part) * (len(part) / len(batch))
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if not self._consistency:
+            return _mean_loss(self._forward(self._parallel, batch).float(), batch.labels)
+        both = batch.twice()
+        logits = self._forward(self._parallel, both).float()
+        return _mean_loss(logits, both.labels) + self._consistency * _mean_divergence(*logits.chunk(2))
 
     def _no_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients once a step, with the last part."""
@@ -241,3 +251,9 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels = labels.repeat_interleave(logits.size(1))
         logits = logits.flatten(end_dim=1)
     return F.cross_entropy(logits, labels)
+
+
+def _mean_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Mean over samples, and parts if there are some, of (KL(p, q) + KL(q, p)) / 2 for the softmax of two logits."""
+    p, q = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(dim=-1).mean() / 2

@@ -23,12 +23,12 @@ def test_a_training_without_progress_stops_early(tmp_path: Path) -> None:
     result = train(recipe, tmp_path, observer=Observer(on_epoch=reports.append))
 
     assert result.epochs < 30
-    assert result.epochs == result.best_epoch + 2
+    assert result.epochs == result.weights_epoch + 2
     assert [report.improved for report in reports][-2:] == [False, False]
     assert read_run(tmp_path).epochs == result.epochs
 
 
-def test_only_the_best_epochs_are_kept(tmp_path: Path) -> None:
+def test_only_the_weights_epochs_are_kept(tmp_path: Path) -> None:
     recipe = load_recipe("digits", [*TINY, "trainer.epochs=6", "trainer.keep_epochs=2"])
     reports: list[EpochReport] = []
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from handlers.image import ImageDecoder
-from handlers.request import EncodedImage
+from handlers.image import EncodedImage, ImageDecoder
 from handlers.signature import ImagePreprocessing, Signature
 from models.dataloader import build_loader, choose_workers
 from models.dataset import Dataset

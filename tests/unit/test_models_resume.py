@@ -141,7 +141,7 @@ def test_the_run_folder_says_what_was_trained(reference: Path, kind: str) -> Non
     assert facts["data"]["name"] == {"image": "digits", "text": "tickets"}[kind]
     assert len(facts["data"]["digest"]) == 64
     assert facts["result"]["accuracy"] == checkpoint.metrics["accuracy"]
-    assert facts["result"]["best_epoch"] == checkpoint.epoch
+    assert facts["result"]["weights_epoch"] == checkpoint.epoch
     assert len(facts["result"]["confusion"]) == len(checkpoint.signature["labels"])
     assert facts["versions"] == checkpoint.versions
     assert facts["git_revision"] == checkpoint.git_revision

@@ -220,6 +220,53 @@ def test_the_parts_of_a_model_each_take_the_step_that_they_would_take_alone(accu
         torch.testing.assert_close(part.weight, single.weight)
 
 
+class Noisy(Linear):
+    """Adds fresh noise to every sample of a pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + torch.randn(len(x), 2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_consistency_adds_the_divergence_of_two_passes(accumulation: int) -> None:
+    torch.manual_seed(0)
+    model = Noisy(2, 2)
+    before = copy.deepcopy(model)
+    inputs, labels = torch.randn(8, 2), torch.tensor([0, 1] * 4)
+    torch.manual_seed(1)
+    metrics = make_trainer(model, accumulation=accumulation, consistency=3.0).train_epoch([new_batch(inputs, labels)])
+
+    torch.manual_seed(1)
+    expected = torch.zeros(())
+    for part, right in zip(inputs.chunk(accumulation), labels.chunk(accumulation), strict=True):
+        first, second = (logits.log_softmax(1) for logits in before(torch.cat((part, part))).chunk(2))
+        entropy = (nn.functional.nll_loss(first, right) + nn.functional.nll_loss(second, right)) / 2
+        kl = nn.functional.kl_div
+        divergence = sum(
+            kl(a, b, reduction="batchmean", log_target=True) for a, b in ((first, second), (second, first))
+        )
+        expected += (entropy + 3.0 * divergence / 2) / accumulation
+    assert metrics.loss == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    torch.testing.assert_close(model.weight, before.weight - 0.1 * before.weight.grad)
+
+
+def test_consistency_costs_nothing_where_passes_agree() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 2)
+    plain = Linear(2, 2)
+    consistent = copy.deepcopy(plain)
+    batches = in_batches(inputs, (inputs[:, 0] > 0).long(), batch_size=4)
+
+    losses = [
+        make_trainer(plain).train_epoch(batches).loss,
+        make_trainer(consistent, consistency=5.0).train_epoch(batches).loss,
+    ]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(plain.weight, consistent.weight)
+
+
 def test_evaluation_changes_nothing() -> None:
     model = build_conv_classifier(in_channels=1, num_classes=2, widths=[2], dropout=0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
