@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from handlers.artifact import FORMATS
 from handlers.errors import BackendError
-from handlers.signature import FORMATS, Signature
+from handlers.requirements import check_requirements
+from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
 
 
 class Backend(Protocol):
@@ -17,17 +17,18 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """The device that it really runs on, such as ``cpu``."""
+        """The device that it really runs on: ``cpu`` or ``cuda``."""
         ...
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch.
 
         Args:
-            batch: The input, ``[batch, ...]`` as in the signature.
+            batch: The signature's inputs by name, each ``[batch, ...]`` with the signature's dtype.
 
         Returns:
-            The output, ``[batch, ...]`` as in the signature.
+            The signature's outputs by name, each ``[batch, ...]``. Floats are float32 or float64, whatever the
+            artifact's precision.
         """
         ...
 
@@ -41,19 +42,29 @@ def build_backend(signature: Signature, folder: Path, *, threads: int) -> Backen
         threads: Cores that one batch may use. Never "all of them": workers share the machine.
 
     Raises:
-        BackendError: If the runtime is missing, or the artifact does not load.
+        BackendError: If the runtime, its version, the device or the processor is not what the artifact needs, or the
+            artifact does not load.
     """
     artifact = signature.artifact
     if artifact is None:
         raise BackendError("the signature names no artifact; export the model first")
+    check_requirements(artifact)
     path = folder / artifact.file
     # Imported here so that an archive needs only the runtime of its own format.
     if artifact.format == "torchscript":
         from handlers.torchscript import TorchScriptBackend  # noqa: PLC0415
 
-        return TorchScriptBackend(path, threads=threads)
+        return TorchScriptBackend(path, signature, device=artifact.device, threads=threads)
     if artifact.format == "onnx":
         from handlers.onnx import OnnxBackend  # noqa: PLC0415
 
-        return OnnxBackend(path, signature, threads=threads)
+        return OnnxBackend(path, signature, device=artifact.device, threads=threads)
+    if artifact.format == "pt2":
+        from handlers.pt2 import Pt2Backend  # noqa: PLC0415
+
+        return Pt2Backend(path, signature, device=artifact.device, threads=threads)
+    if artifact.format == "eager":
+        from handlers.eager import EagerBackend  # noqa: PLC0415
+
+        return EagerBackend(path, signature, artifact, threads=threads)
     raise BackendError(f"there is no backend for the format {artifact.format!r}; known are: {', '.join(FORMATS)}")

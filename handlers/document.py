@@ -115,6 +115,11 @@ class Section:
         """A nested mapping."""
         return Section(self._take(key), self._path(key))
 
+    def mapping(self, key: str) -> dict[str, object]:
+        """A mapping of names to anything, not read any further."""
+        section = self.section(key)
+        return dict(section._fields)
+
     def sections(self, key: str) -> list[Section]:
         """A list of nested mappings."""
         return [Section(item, f"{self._path(key)}[{i}]") for i, item in enumerate(self.sequence(key))]

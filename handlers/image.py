@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from handlers.errors import MalformedError, OutOfRangeError, RequestError, TooLargeError, UnsupportedTypeError
-from handlers.request import EncodedImage, Payload, PixelArray, too_many_samples
-from handlers.signature import ImagePreprocessing
+from handlers.preprocessing import ImagePreprocessing
+from handlers.request import too_many_samples
 
 FloatArray = NDArray[np.float32]
 
@@ -19,6 +20,29 @@ _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _FULL_SCALE = 255.0
 # The last chunk's name and checksum. Pillow does without it once it has all pixels, their checksums unread.
 _PNG_END = b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedImage:
+    """The bytes of a PNG or JPEG file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelArray:
+    """Nested lists of pixel values, exactly as JSON gave them.
+
+    Attributes:
+        value: The nested lists.
+        batched: True when this may be several samples stacked on a first axis.
+    """
+
+    value: object
+    batched: bool
+
+
+Payload = EncodedImage | PixelArray
 
 
 class ImageDecoder:
@@ -52,8 +76,10 @@ class ImageDecoder:
 
     def _normalise(self, pixels: NDArray[np.generic]) -> FloatArray:
         """``[samples, height, width, channels]`` in 0..255 to normalised ``[samples, channels, height, width]``."""
-        channels_first = pixels.transpose(0, 3, 1, 2).astype(np.float32)
-        normalised: FloatArray = (channels_first / np.float32(_FULL_SCALE) - self._mean) / self._std
+        normalised: FloatArray = pixels.transpose(0, 3, 1, 2).astype(np.float32)
+        normalised /= np.float32(_FULL_SCALE)
+        normalised -= self._mean
+        normalised /= self._std
         return normalised
 
     def _open(self, data: bytes) -> NDArray[np.uint8]:
@@ -71,10 +97,10 @@ class ImageDecoder:
                     )
                 if image.format == "PNG" and _PNG_END not in data:
                     raise MalformedError("broken_image", "The image is incomplete: the end of the PNG file is missing.")
-                upright = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)  # else it copies the pixels
                 # Transparency is dropped, whatever form it has; Pillow would warn of some.
-                upright.info.pop("transparency", None)
-                upright = upright.convert(spec.mode)
+                image.info.pop("transparency", None)
+                upright = image.convert(spec.mode)
                 if upright.size != (spec.width, spec.height):
                     upright = upright.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
                 pixels = np.asarray(upright, dtype=np.uint8)

@@ -11,28 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from handlers.answering import build_answerer
 from handlers.backend import Backend, build_backend
-from handlers.classification import Classifier
-from handlers.errors import (
-    BackendError,
-    GoldenError,
-    InferenceError,
-    LoadError,
-    RequestError,
-    SignatureError,
-    one_line,
-)
+from handlers.batching import group, split, stack
+from handlers.decoder import Decoded, build_decoder
+from handlers.errors import GoldenError, InferenceError, LoadError, RequestError, SignatureError
 from handlers.golden import GoldenSet
-from handlers.image import FloatArray, ImageDecoder
-from handlers.request import Part, parse_request
+from handlers.request import Part
 from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
+from handlers.warm_up import warm_up
 
 SIGNATURE_FILE = "signature.json"
 DEFAULT_MAX_BATCH = 32
 MAX_SAMPLES_PER_REQUEST = 256
+
+Row = dict[str, Array] | InferenceError
+"""One sample's outputs by name, or why there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,20 +37,12 @@ class Answer:
     Attributes:
         body: The JSON document.
         error: Why there is no prediction; None when there is one.
-        outputs: The model's raw output rows, one a sample, for comparisons; empty for errors.
+        outputs: For each sample, the model's raw outputs by name, for comparisons; empty for errors.
     """
 
     body: dict[str, Any]
     error: RequestError | None = None
-    outputs: tuple[NDArray[np.float32], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Decoded:
-    """The samples of one valid request, ``[samples, ...]``."""
-
-    samples: FloatArray
-    many: bool
+    outputs: tuple[dict[str, Array], ...] = ()
 
 
 class ServedModel:
@@ -66,6 +53,10 @@ class ServedModel:
         backend: What computes it.
         max_batch: Samples computed at once; larger batches run in pieces.
         identity: Fields that every answer carries, such as model and version.
+        folder: Where the archive's files lie; models of texts find their tokenizer there.
+
+    Raises:
+        LoadError: If the tokenizer cannot be used.
     """
 
     def __init__(
@@ -75,13 +66,14 @@ class ServedModel:
         *,
         max_batch: int = DEFAULT_MAX_BATCH,
         identity: dict[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.signature = signature
         self.backend = backend
         self._max_batch = max_batch
         self._identity = identity or {}
-        self._decoder = ImageDecoder(signature.image, max_samples=MAX_SAMPLES_PER_REQUEST)
-        self._classifier = Classifier(signature.labels)
+        self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder)
+        self._answerer = build_answerer(signature)
 
     @classmethod
     def load(
@@ -95,35 +87,22 @@ class ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
 
         Raises:
-            LoadError: If the signature or the artifact cannot be used.
+            LoadError: If the signature, the tokenizer or the artifact cannot be used.
         """
         try:
             signature = Signature.from_document(json.loads((folder / SIGNATURE_FILE).read_bytes()))
         except (OSError, ValueError, SignatureError) as error:
             raise LoadError(f"{SIGNATURE_FILE} cannot be used: {error}") from error
         backend = build_backend(signature, folder, threads=threads)
-        return cls(signature, backend, max_batch=max_batch, identity=identity)
+        return cls(signature, backend, max_batch=max_batch, identity=identity, folder=folder)
 
     def warm_up(self) -> None:
-        """Run every batch size up to the largest, in powers of two, so that no client pays for first calls.
+        """Run every batch size and the extremes of every axis; see :func:`handlers.warm_up.warm_up`.
 
         Raises:
-            BackendError: If the model fails, or gives another shape than the signature says.
+            BackendError: If the model fails, or gives another name, shape or dtype than the signature says.
         """
-        sizes = {1 << power for power in range(self._max_batch.bit_length())} | {self._max_batch}
-        classes = len(self.signature.labels)
-        for size in sorted(size for size in sizes if size <= self._max_batch):
-            # Twice: TorchScript's profiling executor records on the first run and optimises on the second.
-            for _ in range(2):
-                try:
-                    output = self.backend.run(self._zeros(size))
-                except Exception as error:  # whatever a runtime raises here, this worker must not become ready
-                    raise BackendError(f"the model fails on a batch of {size} zeros: {one_line(error)}") from error
-                if output.shape != (size, classes):
-                    raise BackendError(
-                        f"the model gives the shape {output.shape} for a batch of {size}; "
-                        f"the signature says {(size, classes)}"
-                    )
+        warm_up(self.backend, self.signature, self._max_batch)
 
     def replay(self, folder: Path) -> float:
         """Answer the golden samples of an extracted archive and compare.
@@ -134,9 +113,9 @@ class ServedModel:
         Raises:
             GoldenError: If an answer differs beyond the tolerances.
         """
-        golden = GoldenSet.load(folder, self.signature.outputs[0].name)
-        outputs: list[NDArray[np.float32]] = []
-        labels: list[str] = []
+        golden = GoldenSet.load(folder)
+        outputs: list[dict[str, Array]] = []
+        labels: list[str | None] = []
         for sample in golden.samples:
             try:
                 body = (folder / sample.file).read_bytes()
@@ -145,11 +124,11 @@ class ServedModel:
             (answer,) = self.answer([[Part(value=body, content_type=sample.content_type)]])
             if answer.error is not None:
                 raise GoldenError(f"{sample.file} is refused: {answer.error.message}") from answer.error
-            if len(answer.outputs) != 1:
-                raise GoldenError(f"{sample.file} holds {len(answer.outputs)} samples; a golden file holds one")
+            if len(answer.outputs) != 1 or "predictions" in answer.body:
+                raise GoldenError(f"{sample.file} holds a list of samples; a golden file holds one, not in a list")
             outputs.append(answer.outputs[0])
-            labels.append(answer.body["label"])
-        return golden.check(outputs, labels)
+            labels.append(answer.body.get("label"))
+        return golden.check(folder, outputs, labels)
 
     def answer(self, requests: Sequence[Sequence[Part]]) -> list[Answer]:
         """Answer a batch of requests, in order; an error in one leaves the others alone.
@@ -158,8 +137,7 @@ class ServedModel:
             requests: For each request, its fields.
         """
         decoded = [self._decode(parts) for parts in requests]
-        valid = [item for item in decoded if isinstance(item, _Decoded)]
-        rows = self._compute(np.concatenate([item.samples for item in valid])) if valid else []
+        rows = self.compute([sample for item in decoded if isinstance(item, Decoded) for sample in item.samples])
         answers = []
         start = 0
         for item in decoded:
@@ -171,66 +149,62 @@ class ServedModel:
             start = stop
         return answers
 
-    def decode(self, parts: Sequence[Part]) -> FloatArray:
-        """The input tensor of one request, ``[samples, ...]``, for comparisons with other ways to compute it.
+    def decode(self, parts: Sequence[Part]) -> list[TensorBatch]:
+        """The samples of one request, for comparisons with other ways to compute them.
 
         Raises:
             RequestError: If the request is not valid.
         """
-        decoded = self._decode(parts)
-        if isinstance(decoded, RequestError):
-            raise decoded
-        return decoded.samples
+        return self._decoder.decode(parts).samples
 
-    def _decode(self, parts: Sequence[Part]) -> _Decoded | RequestError:
+    def compute(self, samples: Sequence[TensorBatch]) -> list[Row]:
+        """Run samples, in batches of at most the largest size.
+
+        Args:
+            samples: Inputs by name, without the batch axis.
+
+        Returns:
+            In order, each sample's outputs by name without the batch axis, or the error of a sample that fails alone.
+        """
+        rows: dict[int, Row] = {}
+        for indices in group(samples, self.signature, self._max_batch):
+            rows.update(zip(indices, self._run([samples[i] for i in indices]), strict=True))
+        return [rows[i] for i in range(len(samples))]
+
+    def _decode(self, parts: Sequence[Part]) -> Decoded | RequestError:
         """Decode one request; its error is returned, so that it stays with its request."""
         try:
-            parsed = parse_request(parts, max_samples=MAX_SAMPLES_PER_REQUEST)
-            pieces = [self._decoder.decode(payload) for payload in parsed.payloads]
+            return self._decoder.decode(parts)
         except RequestError as error:
             return error
-        samples = np.concatenate([samples for samples, _ in pieces])
-        return _Decoded(samples=samples, many=parsed.many or any(many for _, many in pieces))
 
-    def _compute(self, samples: FloatArray) -> list[NDArray[np.float32] | InferenceError]:
-        """Run all samples, in pieces of the largest batch; one output row or error a sample."""
-        rows: list[NDArray[np.float32] | InferenceError] = []
-        for start in range(0, len(samples), self._max_batch):
-            rows.extend(self._run(samples[start : start + self._max_batch]))
-        return rows
-
-    def _run(self, batch: FloatArray) -> list[NDArray[np.float32] | InferenceError]:
+    def _run(self, samples: list[TensorBatch]) -> list[Row]:
         """Run one batch; when it fails, halve it, so that only the samples that fail alone are lost."""
         try:
-            output = self.backend.run(batch)
-            if len(output) != len(batch):  # or rows would go to the wrong requests
-                raise ValueError(f"the model gave {len(output)} rows for a batch of {len(batch)}")
-            return list(output)
+            outputs = self.backend.run(stack(samples, self.signature))
+            return list(split(outputs, samples, self.signature))
         except Exception as error:  # runtimes raise types of their own; one sample must not fail its neighbours
-            if len(batch) == 1:
+            if len(samples) == 1:
                 failure = InferenceError("inference_failed", "The model failed on this input.")
                 failure.__cause__ = error
                 return [failure]
-            middle = len(batch) // 2
-            return self._run(batch[:middle]) + self._run(batch[middle:])
+            middle = len(samples) // 2
+        # Outside of the clause: the error holds what the failed run had allocated, which the halves may need.
+        return self._run(samples[:middle]) + self._run(samples[middle:])
 
-    def _build_answer(self, rows: list[NDArray[np.float32] | InferenceError], *, many: bool) -> Answer:
+    def _build_answer(self, rows: Sequence[Row], *, many: bool) -> Answer:
         predictions = []
         outputs = []
         try:
             for row in rows:
                 if isinstance(row, InferenceError):
                     raise row
-                predictions.append(self._classifier.answer(row))
+                predictions.append(self._answerer(row))
                 outputs.append(row)
         except InferenceError as error:
             return error_answer(error)
         body = {"predictions": predictions} if many else predictions[0]
         return Answer(body={**body, **self._identity}, outputs=tuple(outputs))
-
-    def _zeros(self, size: int) -> FloatArray:
-        image = self.signature.image
-        return np.zeros((size, image.channels, image.height, image.width), dtype=np.float32)
 
 
 def error_answer(error: RequestError) -> Answer:

@@ -1,31 +1,23 @@
-"""Requests: from what TorchServe hands over to a list of samples, not yet decoded.
+"""Requests: what TorchServe hands over, and what all tasks read alike.
 
-Accepted bodies: an encoded image (``image/png``, ``image/jpeg``, or no type at all), JSON
-``{"inputs": ...}`` with one sample or a list of them, KServe v1 ``{"instances": [...]}``, and multipart with one
-image a field.
+A body is JSON, ``{"inputs": ...}`` or KServe v1's ``{"instances": [...]}``, or one sample in a form of the task's own
+(its *medium*), such as an encoded image; multipart has one such sample a field.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError
 
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/jpg")
 JSON_TYPES = ("application/json",)
 # TorchServe answers what exceeds its own limit (max_request_size, set higher) with an empty 413.
 MAX_REQUEST_BYTES = 16 << 20
 # Types that clients send without having chosen them: the bytes decide.
 UNDECLARED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-
-_IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-_ACCEPTED = "send image/png, image/jpeg or application/json"
-# `curl --data-binary @image.png` without -H declares a form, out of which TorchServe gets no bytes.
-_NO_FORM = f"{_ACCEPTED}, named in the Content-Type header (a form loses the bytes)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +25,8 @@ class Part:
     """One field of a request.
 
     Attributes:
-        value: The raw bytes, or what TorchServe already parsed out of an ``application/json`` body.
+        value: The raw bytes, or what TorchServe already made of them: the value of an ``application/json`` body, the
+            string of a ``text/...`` one.
         content_type: Media type in lower case without parameters; empty when none was declared.
     """
 
@@ -42,63 +35,109 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedImage:
-    """The bytes of a PNG or JPEG file."""
+class Medium:
+    """A form that samples of a task may have besides JSON.
 
-    data: bytes
+    Attributes:
+        types: Media types that declare it.
+        recognises: Whether bytes of no declared type, or of one field of a multipart body, are of this form.
+        accepted: What to send, for messages: ``send image/png, image/jpeg or application/json``.
+        absent: The same as a fact: ``neither a PNG nor a JPEG image nor JSON``.
+        wrong_field: The whole sentence for a field of a multipart body that is not of this form.
+    """
+
+    types: tuple[str, ...]
+    recognises: Callable[[bytes], bool]
+    accepted: str
+    absent: str
+    wrong_field: str
+
+    @property
+    def no_body(self) -> str:
+        """What to send, when nothing arrived.
+
+        ``curl --data-binary`` without ``-H`` declares a form, out of which TorchServe gets no bytes.
+        """
+        return f"{self.accepted}, named in the Content-Type header (a form loses the bytes)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PixelArray:
-    """Nested lists of pixel values, exactly as JSON gave them.
+class JsonBody:
+    """A JSON body.
 
     Attributes:
-        value: The nested lists.
-        batched: True when this may be several samples stacked on a first axis.
+        key: ``inputs`` holds one sample or several; ``instances`` holds a list of at least one.
+        value: What the key holds.
     """
 
+    key: Literal["inputs", "instances"]
     value: object
-    batched: bool
-
-
-Payload = EncodedImage | PixelArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParsedRequest:
-    """The samples of one request.
+class MediaBody:
+    """One sample or several in the task's own form.
 
     Attributes:
-        payloads: What the samples are made of, in request order.
-        many: True when the client asked in a form whose answer is a list, however many samples there are.
+        values: Bytes, or strings that TorchServe has decoded, one a sample.
+        many: True for multipart bodies of several fields, whose answer is a list.
     """
 
-    payloads: tuple[Payload, ...]
+    values: tuple[bytes | str, ...]
     many: bool
 
 
-def parse_request(parts: Sequence[Part], *, max_samples: int) -> ParsedRequest:
-    """Find the samples of one request.
+def read_body(parts: Sequence[Part], medium: Medium) -> JsonBody | MediaBody:
+    """Read one request as what it claims to be.
 
     Args:
         parts: The request's fields; several only for multipart bodies.
-        max_samples: Requests with more samples are refused.
+        medium: The form that the task takes besides JSON.
 
     Raises:
-        RequestError: If there is nothing that can be read as a sample.
+        RequestError: If it is empty, too large, of another type, or no such JSON.
     """
     if not parts:
-        raise MalformedError("empty_request", f"The request has no body; {_NO_FORM}.")
-    size = sum(len(part.value) for part in parts if isinstance(part.value, bytes | bytearray))
+        raise MalformedError("empty_request", f"The request has no body; {medium.no_body}.")
+    size = sum([len(part.value) for part in parts if isinstance(part.value, (bytes, bytearray, str))])
     if size > MAX_REQUEST_BYTES:
         raise TooLargeError("request_too_large", f"The request has {size} bytes; the limit is {MAX_REQUEST_BYTES}.")
-    if len(parts) == 1:
-        parsed = _parse_part(parts[0])
-    else:
-        parsed = ParsedRequest(payloads=tuple(EncodedImage(data=_image_bytes(part)) for part in parts), many=True)
-    if len(parsed.payloads) > max_samples:
-        raise too_many_samples(len(parsed.payloads), max_samples)
-    return parsed
+    if len(parts) > 1:
+        return MediaBody(values=tuple(_field(part, medium) for part in parts), many=True)
+    (part,) = parts
+    value = part.value
+    if isinstance(value, str) and part.content_type not in JSON_TYPES:  # TorchServe has decoded a text/... body
+        return MediaBody(values=(_decoded_text(value, part.content_type, medium),), many=False)
+    if not isinstance(value, (bytes, bytearray)):
+        return _json_body(value)
+    data = bytes(value)
+    if not data:
+        raise _empty(medium)
+    undeclared = part.content_type in UNDECLARED_TYPES
+    if part.content_type in JSON_TYPES:
+        return _json_body(_load_json(data))
+    if part.content_type in medium.types or (undeclared and medium.recognises(data)):
+        return MediaBody(values=(data,), many=False)
+    if undeclared and looks_like_json(data):
+        return _json_body(_load_json(data))
+    raise UnsupportedTypeError("unsupported_type", _unsupported(part.content_type, medium))
+
+
+def _decoded_text(value: str, content_type: str, medium: Medium) -> str:
+    if not value:
+        raise _empty(medium)
+    if content_type not in medium.types:
+        raise UnsupportedTypeError("unsupported_type", _unsupported(content_type, medium))
+    return value
+
+
+def _empty(medium: Medium) -> MalformedError:
+    return MalformedError("empty_request", f"The request body is empty; {medium.no_body}.")
+
+
+def looks_like_json(data: bytes) -> bool:
+    """Whether bytes begin like a JSON object or list."""
+    return data.lstrip()[:1] in (b"{", b"[")
 
 
 def too_many_samples(count: int, max_samples: int) -> TooLargeError:
@@ -108,40 +147,47 @@ def too_many_samples(count: int, max_samples: int) -> TooLargeError:
     )
 
 
-def _parse_part(part: Part) -> ParsedRequest:
-    if not isinstance(part.value, bytes | bytearray):
-        return _parse_json_value(part.value)
-    data = bytes(part.value)
-    if not data:
-        raise MalformedError("empty_request", f"The request body is empty; {_NO_FORM}.")
-    if part.content_type in JSON_TYPES:
-        return _parse_json_value(_load_json(data))
-    if part.content_type in IMAGE_TYPES or (part.content_type in UNDECLARED_TYPES and data.startswith(_IMAGE_MAGIC)):
-        return ParsedRequest(payloads=(EncodedImage(data=data),), many=False)
-    if part.content_type in UNDECLARED_TYPES and data.lstrip()[:1] in (b"{", b"["):
-        return _parse_json_value(_load_json(data))
-    raise UnsupportedTypeError("unsupported_type", _unsupported(part.content_type))
+def no_samples(key: str) -> OutOfRangeError:
+    """The error for a request whose list of samples is empty."""
+    return OutOfRangeError("no_samples", f"'{key}' is empty; send at least one sample.")
 
 
-def _image_bytes(part: Part) -> bytes:
-    """The bytes of one multipart field, which must be an image."""
+def kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), "an object")
+
+
+def shown_keys(keys: Sequence[object]) -> str:
+    """Keys of a client's object for a message: few, short and printable, for they go into logs too."""
+    return ", ".join(ascii(str(key)[:40]) for key in sorted(keys, key=str)[:5]) or "no key at all"
+
+
+def _field(part: Part, medium: Medium) -> bytes | str:
+    """The sample in one field of a multipart body."""
     value = part.value
+    if isinstance(value, str) and part.content_type in medium.types:
+        return value
     if isinstance(value, bytes | bytearray):
         data = bytes(value)
-        if part.content_type in IMAGE_TYPES or data.startswith(_IMAGE_MAGIC):
+        if part.content_type in medium.types or medium.recognises(data):
             return data
-    raise UnsupportedTypeError(
-        "unsupported_type",
-        "Each field of a multipart request must be a PNG or JPEG file; send JSON as a body of its own.",
-    )
+    raise UnsupportedTypeError("unsupported_type", medium.wrong_field)
 
 
-def _unsupported(content_type: str) -> str:
+def _unsupported(content_type: str, medium: Medium) -> str:
     if content_type in UNDECLARED_TYPES:
-        return f"The body is neither a PNG nor a JPEG image nor JSON; {_ACCEPTED}."
+        return f"The body is {medium.absent}; {medium.accepted}."
     # The type is the client's text: keep it short and printable, for it goes into logs too.
     shown = ascii(content_type[:60])
-    return f"The content type {shown} is not supported; {_ACCEPTED}."
+    return f"The content type {shown} is not supported; {medium.accepted}."
 
 
 def _load_json(data: bytes) -> object:
@@ -161,51 +207,17 @@ def _load_json(data: bytes) -> object:
         ) from error
 
 
-def _parse_json_value(body: object) -> ParsedRequest:
+def _json_body(body: object) -> JsonBody:
     if not isinstance(body, dict):
-        raise MalformedError("wrong_body", f"The JSON body must be an object with the key 'inputs', not {_kind(body)}.")
-    keys = sorted(str(key)[:40] for key in body)
-    if keys == ["inputs"]:
-        value = body["inputs"]
-        if isinstance(value, dict):
-            return ParsedRequest(payloads=(_decode_b64(value),), many=False)
-        return ParsedRequest(payloads=(PixelArray(value=value, batched=True),), many=False)
-    if keys == ["instances"]:
+        raise MalformedError("wrong_body", f"The JSON body must be an object with the key 'inputs', not {kind(body)}.")
+    if set(body) == {"inputs"}:
+        return JsonBody(key="inputs", value=body["inputs"])
+    if set(body) == {"instances"}:
         instances = body["instances"]
         if not isinstance(instances, list):
-            raise MalformedError("wrong_body", f"'instances' must be a list of samples, not {_kind(instances)}.")
+            raise MalformedError("wrong_body", f"'instances' must be a list of samples, not {kind(instances)}.")
         if not instances:
-            raise OutOfRangeError("no_samples", "'instances' is empty; send at least one sample.")
-        return ParsedRequest(
-            payloads=tuple(
-                _decode_b64(item) if isinstance(item, dict) else PixelArray(value=item, batched=False)
-                for item in instances
-            ),
-            many=True,
-        )
-    found = ", ".join(ascii(key) for key in keys[:5]) or "no key at all"
+            raise no_samples("instances")
+        return JsonBody(key="instances", value=instances)
+    found = shown_keys(list(body))
     raise MalformedError("wrong_key", f"The JSON body must have exactly one key, 'inputs' or 'instances', not {found}.")
-
-
-def _decode_b64(item: dict[str, object]) -> EncodedImage:
-    text = item.get("b64")
-    if set(item) != {"b64"} or not isinstance(text, str):
-        raise MalformedError(
-            "wrong_key", 'A sample given as an object must be {"b64": "<base64 of a PNG or JPEG file>"}.'
-        )
-    try:
-        return EncodedImage(data=base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise MalformedError("malformed_base64", "The value of 'b64' is not valid base64.") from error
-
-
-def _kind(value: object) -> str:
-    names = {
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), "an object")

@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from handlers.errors import BackendError
+from handlers.errors import BackendError, one_line
+from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
+from handlers.torch_device import check_device, to_numpy, to_torch, torch_device
 
 
 class TorchScriptBackend:
-    """Runs a traced or scripted module on the CPU.
+    """Runs a traced or scripted module. It takes tensors in the signature's order and gives a tuple of them.
 
     Args:
         path: The file that ``torch.jit.save`` wrote.
+        signature: The order of inputs and outputs.
+        device: ``cpu`` or ``cuda``.
         threads: Intra-op threads of this process.
 
     Raises:
-        BackendError: If the file does not load.
+        BackendError: If the file does not load, or the device is missing.
     """
 
-    def __init__(self, path: Path, *, threads: int) -> None:
+    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        self._signature = signature
+        self._device = torch_device(device)
         try:
             with warnings.catch_warnings():
                 # torch.jit is deprecated but works in every torch we support; a worker's log need not say so.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self._module = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+                module = torch.jit.load(str(path), map_location=self._device)  # type: ignore[no-untyped-call]
+                self._module = module.eval()
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = one_line(error)
             raise BackendError(
                 f"{path.name} is not a TorchScript file that torch {torch.__version__} loads: {reason}"
             ) from error
+        check_device(itertools.chain(self._module.parameters(), self._module.buffers()), self._device)
 
     @property
     def device(self) -> str:
         """The device that it runs on."""
-        return "cpu"
+        return self._device.type
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
         with torch.inference_mode():
-            # A copy: a module that works in place must not change what a retry would run on.
-            output: torch.Tensor = self._module(torch.from_numpy(np.array(batch)))
-        result: NDArray[np.float32] = output.numpy()
-        return result
+            outputs = self._module(*to_torch(batch, self._signature.inputs, self._device))
+            return to_numpy((outputs,) if isinstance(outputs, torch.Tensor) else outputs, self._signature.outputs)

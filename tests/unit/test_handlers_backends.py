@@ -1,91 +1,419 @@
+import contextlib
 import dataclasses
+import io
+import json
+import shutil
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from export.archive import open_archive
+from handlers.artifact import Artifact, ModuleSource
 from handlers.backend import build_backend
+from handlers.calling import NamedModule
 from handlers.errors import BackendError
-from handlers.onnx import OnnxBackend
-from handlers.signature import Artifact, Signature
+from handlers.isa import cpu_isa
+from handlers.signature import TENSOR, Signature
+from handlers.tensors import Axis, TensorSpec
 
-FORMATS = ("torchscript", "onnx")
+# The source of an eager archive, which the other formats are made of as well.
+SOURCE = '''
+"""Two inputs, two outputs, a dynamic length."""
+import torch
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, width)
+        self.head = torch.nn.Linear(width, 3)
+
+    def forward(self, weights, ids):
+        tokens = self.embedding(ids) * weights.unsqueeze(-1)
+        return {"tokens": tokens, "pooled": self.head(tokens.sum(1))}
+
+
+def build(width):
+    return Tokens(width)
+'''
+SIGNATURE = Signature(
+    task=TENSOR,
+    inputs=(
+        TensorSpec(name="ids", dtype="int64", shape=("batch", "length"), minimum=0, maximum=9, padding=0),
+        TensorSpec(name="weights", dtype="float32", shape=("batch", "length"), minimum=0, maximum=1, padding=0),
+    ),
+    outputs=(
+        TensorSpec(name="pooled", dtype="float32", shape=("batch", 3)),
+        TensorSpec(name="tokens", dtype="float32", shape=("batch", "length", 4)),
+    ),
+    axes={"length": Axis(minimum=1, maximum=16)},
+)
+NAMES = [spec.name for spec in SIGNATURE.inputs], [spec.name for spec in SIGNATURE.outputs]
+FILES = {"torchscript": "model.pt", "onnx": "model.onnx", "pt2": "model.pt2", "eager": "weights.pt"}
+FORMATS = tuple(FILES)
+# The one from which eager artifacts are built has a name that nothing else here has.
+PACKAGE = "tokens_of_an_archive"
+
+
+@contextlib.contextmanager
+def quietly():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def module():
+    scope = {}
+    exec(SOURCE, scope)
+    torch.manual_seed(0)
+    return scope["build"](4).eval()
+
+
+def arrays(batch=2, length=5):
+    random = np.random.default_rng(batch * 100 + length)
+    ids = random.integers(0, 10, (batch, length))
+    return {"ids": ids, "weights": random.random((batch, length), dtype=np.float32)}
+
+
+def tensors(batch=2, length=5):
+    return tuple(torch.from_numpy(array) for array in arrays(batch, length).values())
+
+
+def dynamic_axes():
+    axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=16)}
+    return ((axes, axes),)
+
+
+def write_torchscript(named, path):
+    torch.jit.trace(named, tensors()).save(str(path))
+
+
+def write_onnx(named, path):
+    inputs, outputs = NAMES
+    program = torch.onnx.export(
+        named,
+        tensors(),
+        dynamo=True,
+        verbose=False,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_shapes=dynamic_axes(),
+    )
+    buffer = io.BytesIO()
+    program.save(buffer)
+    path.write_bytes(buffer.getvalue())
+
+
+def write_pt2(named, path):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("there is no C++ compiler")
+    program = torch.export.export(named, tensors(), dynamic_shapes=dynamic_axes())
+    # Without the option the package refuses a batch of one.
+    options = {"aot_inductor.check_lowerbound": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+def write_eager(named, path):
+    torch.save(named.module.state_dict(), path)
+    (path.parent / "source").mkdir()
+    (path.parent / "source" / f"{PACKAGE}.py").write_text(SOURCE)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with an artifact of the tiny module, by format; each is made when it is first asked for."""
+    folders = {}
+
+    def build(format):
+        if format not in folders:
+            folder = tmp_path_factory.mktemp(format)
+            with quietly():
+                globals()[f"write_{format}"](NamedModule(module(), *NAMES), folder / FILES[format])
+            folders[format] = folder
+        return folders[format]
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    """Threads, imports and the path of this process, which a worker would keep to itself."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "0")
+    yield
+    torch.set_num_threads(threads)
+    sys.modules.pop(PACKAGE, None)
+
+
+def artifact(format, **changes):
+    fields = {"format": format, "precision": "fp32", "file": FILES[format]}
+    if format == "pt2":
+        fields["requires"] = {"torch": str(torch.__version__), "isa": cpu_isa()}
+    if format == "eager":
+        fields["module"] = ModuleSource(factory=f"{PACKAGE}:build", config={"width": 4})
+    return Artifact(**{**fields, **changes})
+
+
+def load(folder, format, *, signature=SIGNATURE, threads=1, **changes):
+    return build_backend(signature.with_artifact(artifact(format, **changes)), folder, threads=threads)
+
+
+def expected(batch):
+    with torch.inference_mode():
+        outputs = module()(torch.from_numpy(batch["weights"]), torch.from_numpy(batch["ids"]))
+    return {name: outputs[name].numpy() for name in NAMES[1]}
 
 
 @pytest.fixture(params=FORMATS)
-def archive_folder(request, exported, tmp_path):
-    open_archive(exported(request.param).archive).extract(tmp_path)
-    return tmp_path
+def format(request):
+    return request.param
 
 
-def load(folder, **options):
-    import json
+class TestEveryFormat:
+    @pytest.mark.parametrize(("size", "length"), [(1, 1), (1, 16), (2, 5), (3, 7), (33, 2)])
+    def test_any_batch_and_length_gives_what_the_module_gives(self, built, format, size, length):
+        backend = load(built(format), format)
+        batch = arrays(size, length)
+        outputs = backend.run(batch)
+        assert backend.device == "cpu"
+        assert list(outputs) == NAMES[1]
+        for name, right in expected(batch).items():
+            assert outputs[name].dtype == np.float32
+            np.testing.assert_allclose(outputs[name], right, rtol=1e-4, atol=1e-5)
 
-    signature = Signature.from_document(json.loads((folder / "signature.json").read_text()))
-    return build_backend(signature, folder, **{"threads": 1, **options}), folder / signature.artifact.file
+    def test_the_order_of_the_arrays_does_not_matter(self, built, format):
+        backend = load(built(format), format)
+        batch = arrays()
+        swapped = dict(reversed(batch.items()))
+        np.testing.assert_array_equal(backend.run(swapped)["pooled"], backend.run(batch)["pooled"])
+
+    def test_views_into_larger_arrays_are_taken(self, built, format):
+        backend = load(built(format), format)
+        views = {name: array[::2, ::-1] for name, array in arrays(8, 6).items()}
+        copies = {name: view.copy() for name, view in views.items()}
+        np.testing.assert_allclose(backend.run(views)["pooled"], backend.run(copies)["pooled"], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "damage", [lambda data: b"", lambda data: b"junk" * 99, lambda data: data[: len(data) // 2]]
+    )
+    def test_a_corrupt_file_is_a_backend_error(self, built, format, tmp_path, damage):
+        folder = shutil.copytree(built(format), tmp_path / "copy")
+        path = folder / FILES[format]
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(BackendError, match=f"{path.name} ") as caught:
+            load(folder, format)
+        assert "\n" not in str(caught.value)
+
+    def test_a_missing_file_is_a_backend_error(self, built, format, tmp_path):
+        folder = shutil.copytree(built(format), tmp_path / "copy")
+        (folder / FILES[format]).unlink()
+        with pytest.raises(BackendError, match=f"{FILES[format]} "):
+            load(folder, format)
+
+    def test_another_number_of_outputs_is_refused(self, built, format):
+        more = TensorSpec(name="more", dtype="float32", shape=("batch",))
+        signature = dataclasses.replace(SIGNATURE, outputs=(*SIGNATURE.outputs, more))
+        with pytest.raises(BackendError, match=r"more|names 3"):
+            load(built(format), format, signature=signature).run(arrays())
+
+    def test_packages_of_other_versions_are_refused_before_loading(self, format, tmp_path):
+        requires = {"torch": str(torch.__version__), "isa": cpu_isa(), "numpy": "0.1"}
+        with pytest.raises(BackendError, match=r"needs numpy 0\.1, and .* is installed"):
+            load(tmp_path, format, requires=requires)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_cuda_is_refused_without_a_gpu(self, built, format):
+        with pytest.raises(BackendError, match=r"GPU|CUDAExecutionProvider"):
+            load(built(format), format, device="cuda")
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_the_threads_are_those_given(self, built, format, threads):
+        backend = load(built(format), format, threads=threads)
+        if format == "onnx":
+            options = backend._session.get_session_options()
+            assert (options.intra_op_num_threads, options.inter_op_num_threads) == (threads, 1)
+        else:
+            assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 33])
-def test_any_batch_size_gives_what_the_module_gives(archive_folder, module, size):
-    backend, _ = load(archive_folder)
-    batch = np.random.default_rng(size).standard_normal((size, 1, 8, 8)).astype(np.float32)
-    with torch.inference_mode():
-        expected = module(torch.from_numpy(batch)).numpy()
-    actual = backend.run(batch)
-    assert (backend.device, actual.dtype) == ("cpu", np.float32)
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+class TestTorchScript:
+    def test_one_tensor_need_not_be_a_tuple(self, tmp_path):
+        with quietly():
+            torch.jit.trace(nn.ReLU(), torch.ones(2, 1)).save(str(tmp_path / "model.pt"))
+        spec = TensorSpec(name="x", dtype="float32", shape=("batch", 1))
+        signature = Signature(task=TENSOR, inputs=(spec,), outputs=(dataclasses.replace(spec, name="y"),))
+        outputs = load(tmp_path, "torchscript", signature=signature).run({"x": np.float32([[-1], [2]])})
+        assert outputs["y"].tolist() == [[0], [2]]
+
+    def test_a_module_that_works_in_place_leaves_the_batch_alone(self, tmp_path):
+        with quietly():
+            torch.jit.trace(nn.ReLU(inplace=True), torch.ones(2, 1)).save(str(tmp_path / "model.pt"))
+        spec = TensorSpec(name="x", dtype="float32", shape=("batch", 1))
+        signature = Signature(task=TENSOR, inputs=(spec,), outputs=(dataclasses.replace(spec, name="y"),))
+        batch = {"x": np.float32([[-1], [2]])}
+        load(tmp_path, "torchscript", signature=signature).run(batch)
+        assert batch["x"].tolist() == [[-1], [2]]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_halves_come_back_as_float32(self, tmp_path, dtype):
+        class Half(nn.Module):
+            def forward(self, x):
+                return x.to(dtype)
+
+        with quietly():
+            torch.jit.trace(Half(), torch.ones(2, 1)).save(str(tmp_path / "model.pt"))
+        spec = TensorSpec(name="x", dtype="float32", shape=("batch", 1))
+        signature = Signature(task=TENSOR, inputs=(spec,), outputs=(dataclasses.replace(spec, name="y"),))
+        assert load(tmp_path, "torchscript", signature=signature).run({"x": np.ones((1, 1), np.float32)})[
+            "y"
+        ].dtype == np.dtype("float32")
 
 
-def test_a_batch_that_is_a_view_into_a_larger_array_is_taken(archive_folder):
-    backend, _ = load(archive_folder)
-    whole = np.random.default_rng(0).standard_normal((8, 1, 8, 8)).astype(np.float32)
-    view = whole[::2, :, :, ::-1]
-    np.testing.assert_allclose(backend.run(view), backend.run(view.copy()), rtol=1e-5, atol=1e-6)
+class TestOnnx:
+    def test_without_onnx_runtime_the_remedy_is_told(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(BackendError, match="pip install onnxruntime`"):
+            load(tmp_path, "onnx")
+        with pytest.raises(BackendError, match="pip install onnxruntime-gpu`"):
+            load(tmp_path, "onnx", device="cuda")
+
+    def test_a_graph_that_takes_something_else_is_refused(self, built):
+        signature = dataclasses.replace(SIGNATURE, inputs=SIGNATURE.inputs[:1])
+        with pytest.raises(BackendError, match=r"model\.onnx takes 'weights', unlike the signature"):
+            load(built("onnx"), "onnx", signature=signature)
+
+    def test_an_input_that_the_graph_has_no_use_for_is_not_fed(self, built):
+        unused = TensorSpec(name="unused", dtype="float32", shape=("batch",))
+        signature = dataclasses.replace(SIGNATURE, inputs=(*SIGNATURE.inputs, unused))
+        batch = {**arrays(), "unused": np.zeros(2, np.float32)}
+        outputs = load(built("onnx"), "onnx", signature=signature).run(batch)
+        np.testing.assert_allclose(outputs["pooled"], expected(batch)["pooled"], rtol=1e-4, atol=1e-5)
+
+    def test_another_provider_than_the_one_asked_for_is_refused(self, built, monkeypatch):
+        import onnxruntime
+
+        monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["OtherProvider"])
+        with pytest.raises(BackendError, match="chose OtherProvider instead of CPUExecutionProvider"):
+            load(built("onnx"), "onnx")
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"junk" * 99, lambda data: data[: len(data) // 2]])
-def test_a_corrupt_file_is_a_backend_error(archive_folder, damage):
-    _, path = load(archive_folder)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(BackendError, match=f"{path.name} "):
-        load(archive_folder)
+class TestPt2:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"torch": "1.0.0"}, r"needs torch 1\.0\.0"),
+            ({"isa": "x86_64 avx9"}, "processor lacks"),
+            ({"isa": "z80"}, "processor lacks z80"),
+        ],
+    )
+    def test_another_torch_or_processor_is_refused_before_loading(self, tmp_path, changes, message):
+        # There is no file: had it been opened, the message would be about that.
+        requires = {"torch": str(torch.__version__), "isa": cpu_isa(), **changes}
+        with pytest.raises(BackendError, match=message):
+            load(tmp_path, "pt2", requires=requires)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"ids": np.full((2, 5), 10)},
+            {"ids": np.full((2, 5), -11)},
+            {"ids": np.zeros((2, 5), np.int32)},
+            {"weights": np.zeros((2, 5), np.float64)},
+            {"weights": np.zeros((1, 5), np.float32)},
+            {"ids": np.zeros((2, 17), np.int64), "weights": np.zeros((2, 17), np.float32)},
+        ],
+        ids=["index too high", "too low", "dtype", "other dtype", "shape", "too long"],
+    )
+    def test_what_the_code_cannot_take_raises_and_the_process_lives(self, built, wrong, capfd):
+        backend = load(built("pt2"), "pt2")
+        with pytest.raises(RuntimeError):
+            backend.run({**arrays(), **wrong})
+        capfd.readouterr()  # torch prints a stack
+        assert backend.run(arrays())["pooled"].shape == (2, 3)
+
+    def test_code_for_another_device_is_refused(self, built, monkeypatch):
+        monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
+        with pytest.raises(BackendError, match=r"model\.pt2 was compiled for cpu, and the signature says cuda"):
+            load(built("pt2"), "pt2", device="cuda")
 
 
-def test_a_missing_file_is_a_backend_error(archive_folder):
-    _, path = load(archive_folder)
-    path.unlink()
-    with pytest.raises(BackendError, match=f"{path.name} "):
-        load(archive_folder)
+class TestEager:
+    def copy(self, built, tmp_path):
+        return shutil.copytree(built("eager"), tmp_path / "copy")
+
+    def test_low_precision_is_close_and_gives_float32(self, built):
+        outputs = load(built("eager"), "eager", precision="bf16").run(arrays())
+        assert outputs["pooled"].dtype == np.float32
+        np.testing.assert_allclose(outputs["pooled"], expected(arrays())["pooled"], atol=0.05)
+        assert not np.array_equal(outputs["pooled"], expected(arrays())["pooled"])
+
+    def test_int8_is_refused(self, built):
+        with pytest.raises(BackendError, match="fp32, bf16, fp16, not int8"):
+            load(built("eager"), "eager", precision="int8")
+
+    def test_a_package_of_that_name_elsewhere_is_not_taken_and_stays(self, built, tmp_path, monkeypatch):
+        (tmp_path / f"{PACKAGE}.py").write_text("build = None")
+        monkeypatch.syspath_prepend(tmp_path)
+        import importlib
+
+        other = importlib.import_module(PACKAGE)
+        path = list(sys.path)
+        backend = load(built("eager"), "eager")
+        assert backend.run(arrays())["pooled"].shape == (2, 3)
+        assert sys.modules[PACKAGE] is other
+        assert sys.path == path
+
+    def test_a_worker_can_import_more_of_the_source_when_it_runs(self, built, tmp_path):
+        folder = self.copy(built, tmp_path)
+        lazy = SOURCE.replace("tokens = self", "import lazily_of_an_archive\n        tokens = self")
+        (folder / "source" / f"{PACKAGE}.py").write_text(lazy)
+        (folder / "source/lazily_of_an_archive.py").write_text("")
+        load(folder, "eager").run(arrays())
+        del sys.modules["lazily_of_an_archive"]
+
+    def test_a_factory_of_an_installed_package_needs_no_source(self, tmp_path):
+        torch.save(nn.Linear(2, 1).state_dict(), tmp_path / "weights.pt")
+        spec = TensorSpec(name="input", dtype="float32", shape=("batch", 2))
+        output = TensorSpec(name="y", dtype="float32", shape=("batch", 1))
+        signature = Signature(task=TENSOR, inputs=(spec,), outputs=(output,))
+        source = ModuleSource(factory="torch.nn:Linear", config={"in_features": 2, "out_features": 1})
+        backend = load(tmp_path, "eager", signature=signature, module=source)
+        assert backend.run({"input": np.ones((3, 2), np.float32)})["y"].shape == (3, 1)
+
+    @pytest.mark.parametrize(
+        ("factory", "config", "message"),
+        [
+            ("nosuchpackage:build", {}, r"nosuchpackage:build does not build the model \(ModuleNotFoundError: "),
+            (f"{PACKAGE}:nothing", {}, r"does not build the model \(AttributeError: "),
+            (f"{PACKAGE}:build", {"wide": 4}, r"does not build the model \(TypeError: .*install what it imports"),
+            ("json:dumps", {"obj": 1}, "json:dumps gives a str, not a torch module"),
+            (f"{PACKAGE}:build", {"width": 5}, r"the weights in weights\.pt do not fit the model"),
+        ],
+    )
+    def test_a_model_that_is_not_built_is_a_sentence(self, built, factory, config, message):
+        with pytest.raises(BackendError, match=message) as caught:
+            load(built("eager"), "eager", module=ModuleSource(factory=factory, config=config))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("content", [[1, 2], torch.ones(2), json])
+    def test_what_is_no_state_dict_is_refused_and_never_run(self, built, tmp_path, content):
+        folder = self.copy(built, tmp_path)
+        with (folder / "weights.pt").open("wb") as file:
+            torch.save(content if content is not json else dataclasses.make_dataclass, file)
+        with pytest.raises(BackendError, match=r"weights\.pt "):
+            load(folder, "eager")
 
 
-def test_torchscript_takes_the_threads_it_is_given(extracted):
-    before = torch.get_num_threads()
-    try:
-        load(extracted, threads=2)
-        assert torch.get_num_threads() == 2
-        load(extracted, threads=1)
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+def test_without_an_artifact_the_remedy_is_told(tmp_path):
+    with pytest.raises(BackendError, match="export the model first"):
+        build_backend(SIGNATURE, tmp_path, threads=1)
 
 
-def test_onnx_runtime_takes_the_threads_it_is_given(exported, tmp_path):
-    open_archive(exported("onnx").archive).extract(tmp_path)
-    backend, _ = load(tmp_path, threads=2)
-    options = backend._session.get_session_options()
-    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
-
-
-def test_without_onnx_runtime_the_remedy_is_told(monkeypatch, tmp_path, signature):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match="pip install onnxruntime"):
-        OnnxBackend(tmp_path / "model.onnx", signature, threads=1)
-
-
-def test_an_unknown_format_lists_the_known_ones(signature, tmp_path):
-    artifact = Artifact(format="torchscript", precision="fp32", file="model.pt")
-    unknown = signature.with_artifact(dataclasses.replace(artifact, format="pt2"))
-    with pytest.raises(BackendError, match="no backend for the format 'pt2'; known are: torchscript, onnx"):
+def test_an_unknown_format_lists_the_known_ones(tmp_path):
+    unknown = SIGNATURE.with_artifact(dataclasses.replace(artifact("onnx"), format="tflite"))
+    with pytest.raises(BackendError, match="no backend for the format 'tflite'; known are: torchscript, onnx, pt2, e"):
         build_backend(unknown, tmp_path, threads=1)

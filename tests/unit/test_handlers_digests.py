@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import py_compile
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from handlers.digests import (
     DIGESTS_FILE,
+    Digests,
     compare_digests,
     digests_document,
     file_sha256,
@@ -16,6 +18,7 @@ from handlers.digests import (
     verify_folder,
 )
 from handlers.errors import DigestError
+from handlers.manifest import MANIFEST_FILE
 
 FILES = {"a.txt": b"one", "sub/b.bin": b"two" * 1000}
 
@@ -38,7 +41,7 @@ def test_the_digest_is_that_of_hashlib(folder):
 
 def test_the_document_does_not_depend_on_the_order():
     assert digests_document({"b": "1", "a": "2"}) == digests_document({"a": "2", "b": "1"})
-    assert parse_digests(digests_document({"b": "1", "a": "2"})) == {"a": "2", "b": "1"}
+    assert parse_digests(digests_document({"b": "1", "a": "2"})) == Digests(files={"a": "2", "b": "1"})
 
 
 def test_an_untouched_folder_passes(folder):
@@ -88,6 +91,7 @@ def test_bytecode_without_a_module_is_refused(folder):
         (lambda folder: (folder / "sub/c").write_bytes(b""), "sub/c is not recorded"),
         (lambda folder: (folder / DIGESTS_FILE).unlink(), "digests.json is missing"),
         (lambda folder: (folder / DIGESTS_FILE).write_bytes(b"{"), "digests.json cannot be read"),
+        (lambda folder: (folder / DIGESTS_FILE).write_bytes(b"[" * 100_000), "digests.json cannot be read"),
         (lambda folder: (folder / DIGESTS_FILE).write_bytes(b"\xff"), "digests.json cannot be read"),
         (lambda folder: (folder / DIGESTS_FILE).write_bytes(b'{"sha256": {"a.txt": 1}}'), "cannot be read"),
         (lambda folder: (folder / DIGESTS_FILE).write_bytes(b'{"sha256": {}, "x": 1}'), "x is not a known field"),
@@ -102,3 +106,122 @@ def test_any_change_is_refused(folder, change, message):
 def test_many_faults_are_counted_and_the_remedy_is_given():
     with pytest.raises(DigestError, match=r"and 2 more.*; export it again or fetch a clean copy"):
         compare_digests({str(i): "" for i in range(5)}, {})
+
+
+MANIFEST = {
+    "createdOn": "24/11/2026 12:00:00",
+    "runtime": "python",
+    "model": {
+        "modelName": "digits",
+        "serializedFile": "a.txt",
+        "handler": "a.txt",
+        "modelVersion": "1.0",
+        "configFile": "a.txt",
+    },
+    "archiverVersion": "0.12.0",
+}
+NAMED = dict.fromkeys(("handler", "serializedFile", "configFile"), "a.txt")
+
+
+@pytest.fixture
+def packed_by_hand(folder):
+    recorded = parse_digests((folder / DIGESTS_FILE).read_bytes())
+    (folder / DIGESTS_FILE).write_bytes(digests_document(recorded.files, NAMED))
+    (folder / MANIFEST_FILE).parent.mkdir()
+    (folder / MANIFEST_FILE).write_text(json.dumps(MANIFEST))
+    return folder
+
+
+def test_a_manifest_that_is_not_recorded_may_have_any_date_name_and_version(packed_by_hand):
+    verify_folder(packed_by_hand)
+    model = {**MANIFEST["model"], "modelName": "other", "modelVersion": "2"}
+    (packed_by_hand / MANIFEST_FILE).write_text(json.dumps({**MANIFEST, "createdOn": "now", "model": model}))
+    verify_folder(packed_by_hand)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"handler": "b.txt"}, r"model\.handler is 'b\.txt' instead of 'a\.txt'"),
+        ({"serializedFile": "b.txt"}, r"model\.serializedFile is 'b\.txt'"),
+        ({"configFile": "b.txt"}, r"model\.configFile is 'b\.txt'"),
+        ({"handler": None}, r"model\.handler must be a non-empty string"),
+        ({"modelName": "../x"}, r"model\.modelName is '\.\./x', which is not usable"),
+        ({"modelVersion": "1 0"}, r"modelVersion is '1 0'"),
+        ({"modelVersion": 1}, r"modelVersion must be a non-empty string"),
+        ({"requirementsFile": "a.txt"}, r"requirementsFile is not a known field"),
+        ({"modelFile": "a.txt"}, r"modelFile is not a known field"),
+    ],
+)
+def test_a_manifest_that_is_not_recorded_must_mean_what_is(packed_by_hand, change, message):
+    document = {**MANIFEST, "model": {**MANIFEST["model"], **change}}
+    (packed_by_hand / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(
+        DigestError, match=rf"MANIFEST\.json is not what .*{message}.*; pack the folder again"
+    ) as caught:
+        verify_folder(packed_by_hand)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        json.dumps({**MANIFEST, "runtime": "LSP"}),
+        json.dumps({**MANIFEST, "x": 1}),
+        json.dumps(MANIFEST).replace('"handler": "a.txt"', '"handler": "b.txt", "handler": "a.txt"'),
+        json.dumps(MANIFEST) + "{}",
+        "\ufeff" + json.dumps(MANIFEST),
+        json.dumps(MANIFEST).replace("now", "n\u00f6w").replace("24/11", "\u0662"),
+    ],
+)
+def test_a_manifest_that_java_may_read_differently_is_refused(packed_by_hand, content):
+    (packed_by_hand / MANIFEST_FILE).write_bytes(content.encode("utf-8"))
+    with pytest.raises(DigestError, match=r"MANIFEST\.json is not what the staged folder's command writes"):
+        verify_folder(packed_by_hand)
+
+
+def test_nothing_but_the_manifest_escapes_its_digest(packed_by_hand):
+    (packed_by_hand / "sub/b.bin").write_bytes(b"other")
+    with pytest.raises(DigestError, match=r"sub/b\.bin has changed"):
+        verify_folder(packed_by_hand)
+    (packed_by_hand / "sub/b.bin").write_bytes(FILES["sub/b.bin"])
+    (packed_by_hand / "MAR-INF/more.json").write_bytes(b"{}")
+    with pytest.raises(DigestError, match=r"MAR-INF/more\.json is not recorded"):
+        verify_folder(packed_by_hand)
+    (packed_by_hand / "MAR-INF/more.json").unlink()
+    (packed_by_hand / MANIFEST_FILE).unlink()
+    with pytest.raises(DigestError, match=r"MANIFEST\.json is missing"):
+        verify_folder(packed_by_hand)
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "message"),
+    [
+        ({"a.txt": "0", MANIFEST_FILE: "0"}, NAMED, "has a digest and a description"),
+        ({"a.txt": "0"}, {**NAMED, "handler": "b.txt"}, r"manifest\.handler names 'b\.txt', which has no digest"),
+        ({"a.txt": "0"}, {}, r"configFile is missing"),
+        ({"a.txt": "0"}, {**NAMED, "requirementsFile": "a.txt"}, "requirementsFile is not a known field"),
+    ],
+)
+def test_a_description_of_the_manifest_is_whole_or_refused(files, named, message):
+    with pytest.raises(DigestError, match=message):
+        parse_digests(digests_document(files, named))
+
+
+def test_a_recorded_manifest_is_compared_byte_by_byte(folder):
+    content = json.dumps(MANIFEST).encode()
+    (folder / MANIFEST_FILE).parent.mkdir()
+    (folder / MANIFEST_FILE).write_bytes(content)
+    recorded = dict(parse_digests((folder / DIGESTS_FILE).read_bytes()).files)
+    (folder / DIGESTS_FILE).write_bytes(digests_document({**recorded, MANIFEST_FILE: sha256([content])}))
+    verify_folder(folder)
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (folder / MANIFEST_FILE).write_bytes(damaged)
+        with pytest.raises(DigestError, match=r"MANIFEST\.json has changed"):
+            verify_folder(folder)

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from handlers.errors import RequestError
-from handlers.image import ImageDecoder
-from handlers.request import EncodedImage, PixelArray
-from handlers.signature import ImagePreprocessing
+from handlers.image import EncodedImage, ImageDecoder, PixelArray
+from handlers.preprocessing import ImagePreprocessing
 
 GREY = ImagePreprocessing(mode="L", height=2, width=3, mean=(0.5,), std=(0.25,), max_pixels=100)
 COLOUR = ImagePreprocessing(mode="RGB", height=2, width=3, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0), max_pixels=100)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from handlers import request as request_module
 from handlers.errors import RequestError
-from handlers.request import EncodedImage, ParsedRequest, Part, PixelArray, parse_request
+from handlers.image import EncodedImage, PixelArray
+from handlers.image_request import ParsedRequest, parse_request
+from handlers.request import Part
 
 PNG = b"\x89PNG\r\n\x1a\n rest"
 JPEG = b"\xff\xd8\xff rest"

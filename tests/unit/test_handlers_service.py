@@ -120,6 +120,10 @@ class TestHandle:
         statuses, bodies, _ = ask(service, [row], [{"Content-Type": "application/json"}])
         assert (statuses, bodies[0]["label"]) == ([200], "bright")
 
+    def test_text_that_torchserve_has_decoded_is_no_image(self, service):
+        statuses, bodies, _ = ask(service, [{"body": "hello"}], [{"Content-Type": "text/plain"}])
+        assert (statuses, bodies[0]["error"]["code"]) == ([415], "unsupported_type")
+
     def test_multipart_has_a_content_type_a_field(self, service, picture):
         row = {"first": picture("bright"), "second": picture("dark")}
         headers = {

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "loadtest": {"deploy", "handlers"},
 }
 # What a server must have installed: see docs/serving.md. PyYAML comes with TorchServe, which parses the archive's YAML.
-HANDLER_LIBRARIES = {"numpy", "torch", "PIL", "onnxruntime"}
+HANDLER_LIBRARIES = {"numpy", "torch", "PIL", "onnxruntime", "tokenizers"}
 
 
 def imports(package: str) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,12 @@ import pytest
 from loadtest.errors import PayloadError
 from loadtest.payloads import Payload, read_files, read_golden_samples
 
-SAMPLE = {"file": "golden/000.png", "content_type": "image/png", "outputs": {"logits": [1.0]}, "label": "7"}
+SAMPLE = {
+    "file": "golden/000.png",
+    "content_type": "image/png",
+    "outputs": {"logits": "golden/000.logits.npy"},
+    "label": "7",
+}
 
 
 def write_archive(path, expected, files=(("golden/000.png", b"png"),)):
@@ -25,6 +30,26 @@ def test_golden_samples_come_with_their_labels(tmp_path):
         Payload(body=b"png", content_type="image/png", expected_label="7"),
         Payload(body=b"png", content_type="image/png", expected_label=None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "label"),
+    [("application/json", None), ("application/json", "positive"), ("text/plain", "positive")],
+)
+def test_golden_samples_of_texts_and_tensors_are_sent_as_they_are(tmp_path, content_type, label):
+    sample = {
+        "file": "golden/000.json",
+        "content_type": content_type,
+        "outputs": {"logits": "golden/000.logits.npy"},
+        "label": label,
+    }
+    body = b'{"inputs": "good"}'
+    archive = write_archive(
+        tmp_path / "m.mar",
+        json.dumps({"samples": [sample]}),
+        [("golden/000.json", body), ("golden/000.logits.npy", b"")],
+    )
+    assert read_golden_samples(archive) == [Payload(body=body, content_type=content_type, expected_label=label)]
 
 
 @pytest.mark.parametrize(

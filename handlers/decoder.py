@@ -1,0 +1,65 @@
+"""Decoders: from a request's fields to samples, by the signature's task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from handlers.errors import LoadError
+from handlers.request import Part
+from handlers.signature import Signature
+from handlers.tensors import TensorBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """The samples of one valid request.
+
+    Attributes:
+        samples: The model's inputs by name, without the batch axis; at least one sample.
+        many: True when the client asked in a form whose answer is a list, however many samples there are.
+    """
+
+    samples: list[TensorBatch]
+    many: bool
+
+
+class Decoder(Protocol):
+    """Decodes the requests of one task."""
+
+    def decode(self, parts: Sequence[Part]) -> Decoded:
+        """Decode one request.
+
+        Raises:
+            RequestError: If it is broken, or outside the signature.
+        """
+        ...
+
+
+def build_decoder(signature: Signature, *, max_samples: int, folder: Path | None = None) -> Decoder:
+    """The decoder of a signature's task.
+
+    Args:
+        signature: Preprocessing, inputs and their bounds.
+        max_samples: Requests with more samples are refused.
+        folder: Where the tokenizer lies; texts need it.
+
+    Raises:
+        LoadError: If the tokenizer cannot be used.
+    """
+    # Imported here so that an archive needs only the libraries of its own task.
+    if signature.image is not None:
+        from handlers.image_request import ImageRequestDecoder  # noqa: PLC0415
+
+        return ImageRequestDecoder(signature, signature.image, max_samples=max_samples)
+    if signature.text is not None:
+        from handlers.text import TextDecoder, load_tokenizer  # noqa: PLC0415
+
+        if folder is None:
+            raise LoadError("a model of texts needs its tokenizer; say in which folder it lies")
+        return TextDecoder(signature, load_tokenizer(folder, signature.text), max_samples=max_samples)
+    from handlers.tensor_request import TensorDecoder  # noqa: PLC0415
+
+    return TensorDecoder(signature, max_samples=max_samples)

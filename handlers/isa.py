@@ -1,0 +1,34 @@
+"""The instruction sets of this machine's processor: what code compiled for one machine must find on another.
+
+torch Inductor compiles with ``-march=native``, so its code may use every instruction of the machine that compiled it,
+not only those of the vector width it names (``AVX512``). And it finds that name by compiling and running small
+programs, which takes seconds and a compiler. Both speak for asking the processor itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Used only where code asks for them by name: no compiler chooses them for arithmetic.
+_NEVER_CHOSEN = frozenset({"aes", "sha", "clflush", "clflushopt", "clwb", "sse4a"})
+
+
+def cpu_isa() -> str:
+    """The architecture and its instruction sets, one word each, such as ``x86_64 avx avx2 fma3``."""
+    capabilities = torch.cpu.get_capabilities()
+    sets = sorted(name for name, value in capabilities.items() if value is True and name not in _NEVER_CHOSEN)
+    return " ".join([str(capabilities.get("architecture", "unknown")), *sets])
+
+
+def missing_isa(required: str) -> list[str]:
+    """What this machine's processor lacks of an instruction set that :func:`cpu_isa` named elsewhere."""
+    present = set(cpu_isa().split())
+    return [word for word in required.split() if word not in present]
+
+
+def cuda_capability() -> str | None:
+    """The compute capability of this machine's first GPU, such as ``9.0``; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"{major}.{minor}"

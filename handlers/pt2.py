@@ -1,0 +1,63 @@
+"""The AOTInductor backend: machine code that torch compiled at export, in a ``.pt2`` package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from handlers.errors import BackendError, one_line
+from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
+from handlers.torch_device import to_numpy, to_torch, torch_device
+
+# What aoti_compile_and_package calls the one model of a package.
+_MODEL = "model"
+
+
+class Pt2Backend:
+    """Runs a compiled package. It takes tensors in the signature's order and gives them in the signature's order.
+
+    Check the artifact's requirements first: code for another torch or processor kills the process.
+
+    Args:
+        path: The ``.pt2`` file.
+        signature: The order of inputs and outputs.
+        device: ``cpu`` or ``cuda``.
+        threads: Intra-op threads of this process.
+
+    Raises:
+        BackendError: If the file does not load, was compiled for another device, or the device is missing.
+    """
+
+    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._signature = signature
+        self._device = torch_device(device)
+        # Read when a package loads: tensors of a wrong shape or dtype then raise, instead of ending the process.
+        os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
+        try:
+            # What torch._inductor.aoti_load_package ends in. That function first compiles and runs small programs to
+            # name the processor's vector width: it takes seconds, and logs a misleading warning without a compiler.
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, -1)
+            compiled_for = self._loader.get_metadata().get("AOTI_DEVICE_KEY")
+        except (RuntimeError, AttributeError) as error:
+            raise BackendError(
+                f"{path.name} is not a pt2 package that torch {torch.__version__} loads: {one_line(error)}"
+            ) from error
+        if compiled_for != device:
+            raise BackendError(
+                f"{path.name} was compiled for {compiled_for}, and the signature says {device}; export it again"
+            )
+
+    @property
+    def device(self) -> str:
+        """The device that it runs on."""
+        return self._device.type
+
+    def run(self, batch: TensorBatch) -> dict[str, Array]:
+        """Compute one batch; see :class:`handlers.backend.Backend`."""
+        with torch.inference_mode():
+            outputs = self._loader.run(to_torch(batch, self._signature.inputs, self._device))
+            return to_numpy(outputs, self._signature.outputs)
