@@ -1,6 +1,6 @@
 """Reading of checkpoints: the weights, and the module that they belong to.
 
-Checkpoints are read with ``weights_only=True``: a file that somebody sent must not be able to run code.
+A checkpoint is data: what it asks to call must be torchport's own.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
 
 from export.errors import CheckpointError
-from handlers.digests import sha256
+from export.weights import load_weights, read_weights
 from handlers.document import shown
 from handlers.errors import SignatureError
 from handlers.signature import Signature
@@ -27,10 +26,6 @@ CHECKPOINT_FORMAT = "torchport-checkpoint"
 CHECKPOINT_VERSION = 1
 CHECKPOINT_FILE = "checkpoint.pt"
 
-_CHUNK_BYTES = 1 << 20
-# The first byte of every pickle; a zip begins with "PK".
-_PICKLE_MARK = b"\x80"
-
 # A checkpoint is data, and ``subprocess:run`` is an import path too: it may name torchport's own functions only.
 # Any other factory or data set has to be named by the user, who knows whose code it is.
 _OWN_FUNCTIONS = (
@@ -38,6 +33,8 @@ _OWN_FUNCTIONS = (
     "models.text_encoder:build_text_classifier",
     "models.digits:evaluation_samples",
     "models.image_folder:evaluation_samples",
+    "models.text:evaluation_samples",
+    "models.tickets:evaluation_samples",
 )
 
 
@@ -54,6 +51,7 @@ class Checkpoint:
         metrics: What training measured on the held-out split; empty when unknown.
         evaluation: Import path and options of the held-out samples; None when unknown.
         record: Facts for the provenance: recipe, versions, git revision, epoch.
+        files: What the archive must hold for the signature's preprocessing, by file name: ``tokenizer.json``.
     """
 
     sha256: str
@@ -64,6 +62,7 @@ class Checkpoint:
     metrics: dict[str, Any]
     evaluation: dict[str, Any] | None
     record: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 def resolve_checkpoint(source: Path) -> Path:
@@ -79,36 +78,34 @@ def resolve_checkpoint(source: Path) -> Path:
     return path
 
 
-def load_checkpoint(source: Path, *, factory: str | None = None, signature_file: Path | None = None) -> Checkpoint:
+def load_checkpoint(
+    source: Path,
+    *,
+    factory: str | None = None,
+    signature_file: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Read a checkpoint and build its module.
 
     Args:
-        source: A run folder, a torchport checkpoint, or a file that holds a plain ``state_dict``.
+        source: A run folder, a torchport checkpoint, or a plain ``state_dict`` in a file of ``torch.save`` or
+            ``.safetensors``.
         factory: Import path of the function that builds the module; needed for a plain ``state_dict``.
-        signature_file: YAML or JSON signature; needed for a plain ``state_dict``.
+        signature_file: YAML or JSON signature; needed for a plain ``state_dict``. The tokenizer that it names lies
+            beside it.
+        config: Keyword arguments of the factory, plain JSON values. None: those of the checkpoint, if any.
 
     Raises:
         CheckpointError: If anything about it cannot be used.
     """
     path = resolve_checkpoint(source)
-    content, digest = _read(path)
-    if content.get("format") != CHECKPOINT_FORMAT:
-        if factory is None or signature_file is None:
-            raise CheckpointError(
-                f"{path} is not a torchport checkpoint; for a plain state_dict give --model package.module:factory "
-                "and --signature FILE"
-            )
-        content = {"state_dict": content, "model": {}}
-    elif not _is_known_version(version := content.get("format_version")):
-        raise CheckpointError(
-            f"{path} is a checkpoint of version {shown(version)}, and this torchport reads version "
-            f"{CHECKPOINT_VERSION}; export with the torchport that trained it, or train again"
-        )
+    content, digest = read_weights(path)
+    content = _whole(content, path, is_described=factory is not None and signature_file is not None)
     if signature_file is not None:
         content["signature"] = _read_signature(signature_file)
     model = _mapping(content, "model", path)
     state = _mapping(content, "state_dict", path)
-    config = _mapping(model, "config", path, optional=True)
+    arguments = _mapping(model, "config", path, optional=True) if config is None else dict(config)
     if factory is None:
         factory = str(model.get("factory"))
         check_own(factory, "give --model with the factory of your own module")
@@ -119,17 +116,60 @@ def load_checkpoint(source: Path, *, factory: str | None = None, signature_file:
         raise CheckpointError(f"{where} cannot be used: {error}") from error
     metrics = _mapping(content, "metrics", path, optional=True)
     record = {key: content.get(key) for key in ("recipe", "versions", "git_revision", "epoch")}
-    _check_facts(path, config, metrics, record)
+    _check_facts(path, arguments, metrics, record)
     return Checkpoint(
         sha256=digest,
-        module=_build_module(factory, config, state, path),
+        module=_build_module(factory, arguments, state, path),
         signature=signature,
         factory=factory,
-        config=config,
+        config=arguments,
         metrics=metrics,
         evaluation=_mapping(content, "evaluation", path, optional=True) or None,
         record=record,
+        files=_files(signature, _mapping(content, "files", path, optional=True), path, signature_file),
     )
+
+
+def _whole(content: dict[str, Any], path: Path, *, is_described: bool) -> dict[str, Any]:
+    """A torchport checkpoint of a version that is known here; a plain ``state_dict`` becomes part of one."""
+    if content.get("format") != CHECKPOINT_FORMAT:
+        if not is_described:
+            raise CheckpointError(
+                f"{path} is not a torchport checkpoint; for a plain state_dict give --model package.module:factory "
+                "and --signature FILE"
+            )
+        return {"state_dict": content, "model": {}}
+    version = content.get("format_version")
+    if not _is_known_version(version):
+        raise CheckpointError(
+            f"{path} is a checkpoint of version {shown(version)}, and this torchport reads version "
+            f"{CHECKPOINT_VERSION}; export with the torchport that trained it, or train again"
+        )
+    return content
+
+
+def _files(signature: Signature, held: Mapping[str, Any], path: Path, signature_file: Path | None) -> dict[str, bytes]:
+    """The tokenizer that a signature names, from the checkpoint or from beside the signature; nothing else travels."""
+    if signature.text is None:
+        return {}
+    name = signature.text.tokenizer
+    if name in held:
+        if not isinstance(held[name], str):
+            raise CheckpointError(f"{path}: the file {name!r} is not text; train again")
+        return {name: held[name].encode()}
+    if signature_file is None:
+        raise CheckpointError(
+            f"{path} holds no {name!r}, which its signature names as the tokenizer; train again, or give --signature "
+            "with a file that lies beside the tokenizer"
+        )
+    beside = signature_file.parent / name
+    try:
+        return {name: beside.read_bytes()}
+    except OSError as error:
+        raise CheckpointError(
+            f"the tokenizer {beside} cannot be read ({error.strerror}); the signature {signature_file.name} names it, "
+            "so put it beside that file"
+        ) from error
 
 
 def check_own(import_path: str, remedy: str) -> None:
@@ -206,51 +246,6 @@ def import_object(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """The content of a checkpoint and the SHA-256 of its file, both from the same open file."""
-    try:
-        with path.open("rb") as file:
-            digest = sha256(iter(lambda: file.read(_CHUNK_BYTES), b""))
-            _require_sound(file, path)
-            file.seek(0)
-            content = _load(file, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint or a state_dict")
-    return dict(content), digest
-
-
-def _require_sound(file: IO[bytes], path: Path) -> None:
-    """Compare every record with its CRC-32: torch.load does not, and takes a flipped bit for a weight."""
-    file.seek(0)
-    if file.read(1) == _PICKLE_MARK:
-        raise CheckpointError(
-            f"{path} is a bare pickle, as PyTorch wrote before version 1.6, without the checksums that torchport "
-            "verifies; load it where you trust it and save its state_dict again with torch.save"
-        )
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for record in archive.infolist():
-                with archive.open(record) as content:
-                    while content.read(_CHUNK_BYTES):
-                        pass
-    except Exception as error:  # zipfile raises a dozen unrelated types on damaged files
-        raise CheckpointError(
-            f"{path} is truncated, corrupt or not a PyTorch file; train again or fetch a clean copy"
-        ) from error
-
-
-def _load(file: IO[bytes], path: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes are sound, so whatever this trips over was written like that
-        raise CheckpointError(
-            f"{path} holds more than weights and plain values, or is no checkpoint at all; "
-            "torchport never unpickles objects: save the model's state_dict"
-        ) from error
-
-
 def _read_signature(path: Path) -> object:
     """A signature document from JSON or YAML."""
     try:
@@ -287,13 +282,7 @@ def _build_module(factory: str, config: dict[str, Any], state: dict[str, Any], p
     if not isinstance(module, torch.nn.Module):
         raise CheckpointError(f"{factory} gives a {type(module).__name__}, not a torch.nn.Module")
     try:
-        # Not strict, which would end at the first kind of misfit. PyTorch's hooks may rename what old versions wrote.
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except Exception as error:  # shapes that differ, or the user's own hooks
-        detail = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise CheckpointError(f"the weights in {path} do not fit {factory}: {detail[0].strip()}") from error
-    faults = [f"{name} is missing" for name in missing] + [f"{shown(name)} is unknown" for name in unexpected]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(f"the weights in {path} do not fit {factory}: {', '.join(faults[:3])}{more}")
+        load_weights(module, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"the weights in {path} do not fit {factory}: {error}") from error
     return module.float().eval()

@@ -8,39 +8,37 @@ that process with it.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
+import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from numpy.typing import NDArray
 
+from export.calibration import read_calibration
 from export.checkpoint import load_checkpoint
+from export.combinations import METHODS, TRACE, Combination, refusal
+from export.compiler import compiling, conversion_error, first_line
+from export.eager import SOURCE_FOLDER, write_source, write_weights
 from export.errors import ConversionError, ExportError
-from export.inputs import random_batch
-from handlers.signature import BATCH_AXIS, Artifact, Signature
+from export.inputs import example_batch
+from handlers.artifact import Artifact, ModuleSource
+from handlers.calling import NamedModule
+from handlers.errors import BackendError
+from handlers.signature import Signature
+from handlers.tensors import TensorBatch, TensorSpec
 
-METHODS = ("trace", "script")
+__all__ = ["ANSWER_FILE", "METHODS", "convert", "convert_in_fresh_process"]
+
 ANSWER_FILE = "conversion.json"
-# 20 is what the dynamo exporter writes by default; from 23 on, attention with a broadcast mask fails at run time.
-ONNX_OPSET = 20
 
-# More than one: an exporter may take an axis of length one for a constant.
-_EXAMPLE_BATCH = 3
-
-_SUFFIXES = {"torchscript": ".pt", "onnx": ".onnx"}
-# Written by PyTorch's own writer again, whatever it is told.
-_WRITER_RECORDS = ("version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id")
+_SUFFIXES = {"torchscript": ".pt", "onnx": ".onnx", "pt2": ".pt2", "eager": ".weights.pt"}
+_DTYPES = {"fp32": None, "int8": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def convert_in_fresh_process(
@@ -48,33 +46,50 @@ def convert_in_fresh_process(
     folder: Path,
     *,
     format: str,
-    method: str,
+    precision: str = "fp32",
+    method: str = TRACE,
+    device: str = "cpu",
     factory: str | None = None,
     signature_file: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    calibration: Path | None = None,
 ) -> Artifact:
     """Convert a checkpoint in a new process.
 
     Args:
         source: See :func:`export.checkpoint.load_checkpoint`.
         folder: Where to write the artifact.
-        format: One of :data:`handlers.signature.FORMATS`.
+        format: One of :data:`handlers.artifact.FORMATS`.
+        precision: One of :data:`handlers.artifact.PRECISIONS`.
         method: ``trace`` or ``script``, for TorchScript.
+        device: One of :data:`handlers.artifact.DEVICES`.
         factory: See :func:`export.checkpoint.load_checkpoint`.
         signature_file: See :func:`export.checkpoint.load_checkpoint`.
+        config: See :func:`export.checkpoint.load_checkpoint`.
+        calibration: A file of :func:`export.calibration.write_calibration`, for static int8.
 
     Raises:
-        ConversionError: If the model cannot be converted, or the process dies.
+        ConversionError: If the combination is not offered, the model cannot be converted, or the process dies.
     """
+    combination = Combination(format=format, precision=precision, device=device)
+    _require_offered(combination, method)
+    if factory is not None and factory.partition(":")[0] == "__main__":
+        raise ConversionError(
+            f"the factory {factory} lives in a script or notebook, which other processes cannot import; "
+            "move it into a module of its own and name that in --model"
+        )
     folder = folder.resolve()
     answer_file = folder / ANSWER_FILE
     answer_file.unlink(missing_ok=True)
     request = {
         "source": str(source.resolve()),
         "folder": str(folder),
-        "format": format,
+        "combination": asdict(combination),
         "method": method,
         "factory": factory,
         "signature_file": str(signature_file.resolve()) if signature_file else None,
+        "config": None if config is None else dict(config),
+        "calibration": str(calibration.resolve()) if calibration else None,
     }
     done = subprocess.run(
         [sys.executable, "-m", "export.convert"],
@@ -92,27 +107,31 @@ def convert_in_fresh_process(
     answer = json.loads(answer_file.read_bytes())
     if "error" in answer:
         raise ConversionError(answer["error"])
-    return Artifact(**answer["artifact"])
+    document = answer["artifact"]
+    module = document.pop("module", None)
+    return Artifact(**document, module=ModuleSource(**module) if module else None)
 
 
 def main() -> None:
     """Answer one request of :func:`convert_in_fresh_process`: JSON on stdin, JSON in :data:`ANSWER_FILE`."""
     request = json.load(sys.stdin)
-    signature_file = request["signature_file"]
     answer: dict[str, Any]
     try:
         checkpoint = load_checkpoint(
             Path(request["source"]),
             factory=request["factory"],
-            signature_file=Path(signature_file) if signature_file else None,
+            signature_file=_path(request["signature_file"]),
+            config=request["config"],
         )
+        calibration = _path(request["calibration"])
         artifact = convert(
             checkpoint.module,
             checkpoint.signature,
-            random_batch(checkpoint.signature, _EXAMPLE_BATCH),
             Path(request["folder"]),
+            combination=Combination(**request["combination"]),
             method=request["method"],
-            format=request["format"],
+            origin=ModuleSource(factory=checkpoint.factory, config=checkpoint.config),
+            calibration=read_calibration(calibration) if calibration else (),
         )
         answer = {"artifact": artifact.to_document()}
     except ExportError as error:
@@ -123,120 +142,172 @@ def main() -> None:
 def convert(
     module: torch.nn.Module,
     signature: Signature,
-    example: NDArray[np.float32],
     folder: Path,
     *,
-    method: str,
-    format: str,
+    combination: Combination,
+    method: str = TRACE,
+    origin: ModuleSource | None = None,
+    calibration: Sequence[TensorBatch] = (),
 ) -> Artifact:
     """Convert a module and write the artifact.
 
     Args:
-        module: In eval mode, on the CPU.
-        signature: Names and dynamic axes of the tensors.
-        example: A valid input of at least two samples, ``[batch, ...]``.
+        module: In eval mode, on the CPU, in float32. It is changed: load it again for anything else.
+        signature: Names, dtypes and axes of the tensors.
         folder: Where to write.
+        combination: Format, precision and device.
         method: ``trace`` or ``script``, for TorchScript.
-        format: One of :data:`handlers.signature.FORMATS`.
+        origin: What built the module; eager only.
+        calibration: Samples for static int8.
 
     Raises:
-        ConversionError: If the model cannot be converted; the message has the compiler's own first line.
+        ConversionError: If the combination is not offered or the model cannot be converted; the message has the
+            compiler's own first line.
     """
-    artifact = Artifact(format=format, precision="fp32", file=f"model{_SUFFIXES[format]}")
-    path = folder / artifact.file
-    example_tensor = torch.from_numpy(example)
+    _require_offered(combination, method)
+    path = folder / f"model{_SUFFIXES[combination.format]}"
     try:
-        with warnings.catch_warnings(), _quiet_exporter():
-            # torch.jit's deprecation and the exporter's remarks are for its developers, not for our users.
-            warnings.simplefilter("ignore")
-            if format == "torchscript":
-                _write_torchscript(module, example_tensor, path, method=method)
-            else:
-                _write_onnx(module, example_tensor, signature, path)
+        with compiling():
+            requires = _write(module, signature, path, combination, method=method, origin=origin, samples=calibration)
     except Exception as error:  # compilers raise whatever they like about a user's model
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-        raise ConversionError(
-            f"the model cannot be converted to {format} ({method if format == 'torchscript' else 'dynamo'}): {reason}"
-        ) from error
-    return artifact
-
-
-def _write_torchscript(module: torch.nn.Module, example: torch.Tensor, path: Path, *, method: str) -> None:
-    with torch.no_grad():
-        compiled = _trace(module, example) if method == "trace" else torch.jit.script(module)
-        frozen = torch.jit.freeze(compiled)
-    buffer = io.BytesIO()
-    torch.jit.save(frozen, buffer)
-    buffer.seek(0)
-    _without_debug_records(buffer, path)
-
-
-def _trace(module: torch.nn.Module, example: torch.Tensor) -> Any:
-    # The gates compare far more than the tracer's own check, which runs the same example again.
-    return torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
-
-
-def _without_debug_records(source: io.BytesIO, path: Path) -> None:
-    """Copy a TorchScript file without its debug records.
-
-    They hold the absolute paths of every source file traced through: a leak, and different bytes in each folder.
-    The records go through PyTorch's own reader and writer, which keep the alignment that its loader maps.
-    """
-    reader = torch._C.PyTorchFileReader(source)
-    # Into memory first: on a full disk PyTorch's own writing ends the process, with a stack of C++ for a reason.
-    target = io.BytesIO()
-    writer = torch._C.PyTorchFileWriter(target)
-    for name in reader.get_all_records():
-        if not name.endswith(".debug_pkl") and name not in _WRITER_RECORDS:
-            record = reader.get_record(name)
-            writer.write_record(name, record, len(record))
-    writer.write_end_of_file()
-    path.write_bytes(target.getvalue())
-
-
-def _write_onnx(module: torch.nn.Module, example: torch.Tensor, signature: Signature, path: Path) -> None:
-    axes = {0: torch.export.Dim(BATCH_AXIS)}
-    program = torch.onnx.export(
-        module,
-        (example,),
-        dynamo=True,
-        dynamic_shapes=(axes,),
-        input_names=[spec.name for spec in signature.inputs],
-        output_names=[spec.name for spec in signature.outputs],
-        opset_version=ONNX_OPSET,
-        external_data=False,
-        verbose=False,
+        path.unlink(missing_ok=True)
+        shutil.rmtree(folder / SOURCE_FOLDER, ignore_errors=True)
+        how = {"torchscript": method, "eager": "state_dict"}.get(combination.format, "torch.export")
+        raise conversion_error(error, format=combination.format, method=how) from error
+    return Artifact(
+        format=combination.format,
+        precision=combination.precision,
+        device=combination.device,
+        file=path.name,
+        requires=requires,
+        module=origin if combination.format == "eager" else None,
     )
-    if program is None:
-        raise ConversionError("the ONNX exporter returned no program")
-    graph = program.model_proto
-    _strip(graph)
-    onnx.checker.check_model(graph, full_check=True)
-    path.write_bytes(graph.SerializeToString(deterministic=True))
 
 
-def _strip(message: Any) -> None:
-    """Remove metadata and doc strings everywhere: they hold paths and source lines of the exporting machine."""
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type is not None:
-            # A map field iterates over its keys, which hold nothing to strip; the rest are messages.
-            for item in value if not hasattr(value, "DESCRIPTOR") else [value]:
-                if hasattr(item, "ListFields"):
-                    _strip(item)
+def _require_offered(combination: Combination, method: str) -> None:
+    reason = refusal(combination, method=method)
+    if reason is not None:
+        raise ConversionError(reason)
 
 
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence the ONNX exporter's log: it warns of a missing torchvision in every run."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value else None
+
+
+def _write(
+    module: torch.nn.Module,
+    signature: Signature,
+    path: Path,
+    combination: Combination,
+    *,
+    method: str,
+    origin: ModuleSource | None,
+    samples: Sequence[TensorBatch],
+) -> dict[str, str]:
+    """Write the artifact's file and, for eager ones, its source; returns what it requires."""
+    dtype = _DTYPES[combination.precision]
+    # An ONNX graph names no device, and exporting it needs none.
+    device = "cpu" if combination.format == "onnx" else combination.device
+    example = [torch.from_numpy(values).to(device) for values in _in_order(example_batch(signature), signature)]
+    named = _named(module.to(device, dtype), signature, dtype)
+    _check_outputs(_outputs(named, example, combination.precision), signature)
+    # Imported when they are needed: the compilers of one format take seconds to load, and the others do without.
+    if combination.format == "torchscript":
+        from export.torchscript import write_torchscript  # noqa: PLC0415
+
+        if combination.precision == "int8":
+            from export.quantization import quantized_module  # noqa: PLC0415
+
+            named = _named(quantized_module(module), signature, None)
+        write_torchscript(named, signature, example, path, method=method)
+        return {}
+    if combination.format == "onnx":
+        _write_onnx(named, signature, example, path, int8=combination.precision == "int8", samples=samples)
+        return {}
+    if combination.format == "pt2":
+        from export.pt2 import write_pt2  # noqa: PLC0415
+
+        return write_pt2(named, signature, example, path, device=device)
+    if origin is None:
+        raise ConversionError("an eager artifact is built by its factory; say which one built the module")
+    write_weights(module, path)
+    return write_source(origin.factory, path.parent)
+
+
+def _write_onnx(
+    named: NamedModule,
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    path: Path,
+    *,
+    int8: bool,
+    samples: Sequence[TensorBatch],
+) -> None:
+    from export import onnx_graph, quantization  # noqa: PLC0415
+
+    if not int8:
+        onnx_graph.write_onnx(named, signature, example, path)
+        return
+    static = quantization.needs_calibration(named)
+    if static:
+        quantization.require_samples(samples)
+    graph = onnx_graph.export_graph(named, signature, example)
+    if static:
+        graph = quantization.quantized_statically(graph, samples)
+    else:
+        graph = quantization.quantized_dynamically(onnx_graph.fused(graph, onnx_graph.feeds(signature, example)))
+    onnx_graph.write_graph(graph, path)
+
+
+def _named(module: torch.nn.Module, signature: Signature, dtype: torch.dtype | None) -> NamedModule:
+    inputs = [spec.name for spec in signature.inputs]
+    outputs = [spec.name for spec in signature.outputs]
+    named = NamedModule(module, inputs, outputs, dtype=dtype)
+    return named.eval()
+
+
+def _in_order(batch: TensorBatch, signature: Signature) -> list[Any]:
+    return [batch[spec.name] for spec in signature.inputs]
+
+
+def _outputs(named: NamedModule, example: Sequence[torch.Tensor], precision: str) -> tuple[torch.Tensor, ...]:
+    """What the module gives for an example, before any compiler sees it."""
     try:
-        yield
-    finally:
-        exporter.setLevel(level)
+        outputs: tuple[torch.Tensor, ...] = named(*example)
+    except BackendError:
+        raise
+    except Exception as error:  # the user's code
+        remedy = (
+            "correct the shapes, ranges and axes of the signature's inputs"
+            if precision in ("fp32", "int8")
+            else "use --precision fp32"
+        )
+        raise ConversionError(
+            f"the model fails in {precision} on an example of the signature's inputs ({first_line(error)}); {remedy}"
+        ) from error
+    return outputs
+
+
+def _check_outputs(outputs: Sequence[torch.Tensor], signature: Signature) -> None:
+    """Compare what the model gives with what the signature says, before a compiler speaks of something else."""
+    for output, spec in zip(outputs, signature.outputs, strict=True):
+        found = str(output.dtype).removeprefix("torch.")
+        if found != spec.dtype:
+            raise ConversionError(
+                f"the model's output {spec.name!r} is {found}, and the signature says {spec.dtype}; "
+                "correct the signature"
+            )
+        if not _fits(output, spec):
+            raise ConversionError(
+                f"the model's output {spec.name!r} has the shape {list(output.shape)} for an example, and the "
+                f"signature says {list(spec.shape)}; correct the signature"
+            )
+
+
+def _fits(output: torch.Tensor, spec: TensorSpec) -> bool:
+    return len(output.shape) == len(spec.shape) and all(
+        isinstance(declared, str) or declared == size for declared, size in zip(spec.shape, output.shape, strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -128,6 +128,139 @@ class TestWhatLoads:
         assert load_checkpoint(checkpoint, signature_file=path).signature.labels == ("a", "b", "c")
 
 
+class TestSafetensors:
+    @pytest.fixture
+    def weights(self, module: torch.nn.Module, tmp_path: Path) -> Path:
+        from safetensors.torch import save_file
+
+        save_file(module.state_dict(), tmp_path / "weights.safetensors")
+        return tmp_path / "weights.safetensors"
+
+    def test_they_are_the_weights_of_the_module(
+        self, weights: Path, module: torch.nn.Module, signature_file: Path, user_package: str
+    ) -> None:
+        loaded = load_checkpoint(weights, factory=user_package, signature_file=signature_file)
+        for name, value in module.state_dict().items():
+            assert torch.equal(loaded.module.state_dict()[name], value)
+        assert loaded.sha256 == file_sha256(weights)
+
+    def test_they_need_a_factory_and_a_signature(self, weights: Path) -> None:
+        assert "not a torchport checkpoint; for a plain state_dict give --model" in refusal(weights)
+
+    def test_damage_is_refused(self, weights: Path, signature_file: Path, user_package: str) -> None:
+        content = weights.read_bytes()
+        for damaged in (b"", b"text", content[:4], content[:60], content[:-1], b"\xff" * 100):
+            weights.write_bytes(damaged)
+            message = refusal(weights, factory=user_package, signature_file=signature_file)
+            assert "truncated, corrupt or not a safetensors file; fetch a clean copy" in message
+
+    def test_half_precision_becomes_float32(
+        self, module: torch.nn.Module, signature_file: Path, user_package: str, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import save_file
+
+        state = {
+            name: value.bfloat16() if value.is_floating_point() else value
+            for name, value in module.state_dict().items()
+        }
+        save_file(state, tmp_path / "half.safetensors")
+        loaded = load_checkpoint(tmp_path / "half.safetensors", factory=user_package, signature_file=signature_file)
+        assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float32}
+
+
+class TestTiedWeights:
+    @pytest.fixture
+    def tied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        (tmp_path / "tied_of_a_test.py").write_text(
+            "from torch import nn\n"
+            "class Tied(nn.Module):\n"
+            "    def __init__(self, tie):\n"
+            "        super().__init__()\n"
+            "        self.one, self.other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)\n"
+            "        if tie: self.other.weight = self.one.weight\n"
+            "    def forward(self, x): return self.other(self.one(x))\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return "tied_of_a_test:Tied"
+
+    @pytest.mark.parametrize("present", ["one.weight", "other.weight"])
+    def test_one_name_of_a_tied_weight_is_enough(
+        self, tied: str, save: Callable[..., Path], signature_file: Path, present: str
+    ) -> None:
+        path = save({present: torch.eye(4)})
+        loaded = load_checkpoint(path, factory=tied, signature_file=signature_file, config={"tie": True})
+        assert loaded.config == {"tie": True}
+        assert torch.equal(loaded.module.one.weight, torch.eye(4))
+        assert loaded.module.other.weight is loaded.module.one.weight
+
+    def test_without_the_tie_the_other_is_missing(
+        self, tied: str, save: Callable[..., Path], signature_file: Path
+    ) -> None:
+        path = save({"one.weight": torch.eye(4)})
+        said = refusal(path, factory=tied, signature_file=signature_file, config={"tie": False})
+        assert "do not fit tied_of_a_test:Tied: other.weight is missing" in said
+
+
+class TestFiles:
+    @pytest.fixture
+    def text_content(self, checkpoint_content: Content) -> Content:
+        from models.text_encoder import build_text_classifier
+
+        config = {
+            **{"vocab_size": 20, "num_classes": 2, "hidden_dim": 8, "num_layers": 1, "num_heads": 2},
+            **{"intermediate_dim": 16, "max_length": 12},
+        }
+        ids = {"name": "input_ids", "dtype": "int64", "shape": ["batch", "length"], "maximum": 19}
+        checkpoint_content["model"] = {"factory": "models.text_encoder:build_text_classifier", "config": config}
+        checkpoint_content["state_dict"] = build_text_classifier(**config).state_dict()
+        checkpoint_content["signature"] = {
+            "format_version": 1,
+            "task": "text-classification",
+            "inputs": [ids],
+            "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
+            "labels": ["no", "yes"],
+            "preprocessing": {"text": {"tokenizer": "tokenizer.json", "max_length": 12, "pad_id": 0}},
+        }
+        checkpoint_content["files"] = {"tokenizer.json": '{"é": 1}', "signature.json": "not for the archive"}
+        return checkpoint_content
+
+    def test_the_tokenizer_comes_along_and_nothing_else(self, text_content: Content, save: Callable[..., Path]) -> None:
+        assert load_checkpoint(save(text_content)).files == {"tokenizer.json": '{"é": 1}'.encode()}
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({}, "holds no 'tokenizer.json', which its signature names as the tokenizer; train again"),
+            ({"tokenizer.json": 3}, "'tokenizer.json' is not text"),
+            ([1], "'files' is not a mapping"),
+        ],
+    )
+    def test_a_checkpoint_without_it_is_refused(
+        self, text_content: Content, save: Callable[..., Path], files: object, message: str
+    ) -> None:
+        text_content["files"] = files
+        assert message in refusal(save(text_content))
+
+    def test_that_of_a_plain_state_dict_lies_beside_the_signature(
+        self, text_content: Content, save: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        path = save(text_content["state_dict"])
+        (tmp_path / "elsewhere").mkdir()
+        signature_file = tmp_path / "elsewhere" / "signature.json"
+        signature_file.write_text(json.dumps(text_content["signature"]))
+        options: Content = {
+            "factory": text_content["model"]["factory"],
+            "config": text_content["model"]["config"],
+            "signature_file": signature_file,
+        }
+        assert "cannot be read (No such file or directory)" in refusal(path, **options)
+        (tmp_path / "elsewhere" / "tokenizer.json").write_bytes(b"{}")
+        assert load_checkpoint(path, **options).files == {"tokenizer.json": b"{}"}
+
+    def test_models_without_texts_have_none(self, checkpoint: Path) -> None:
+        assert load_checkpoint(checkpoint).files == {}
+
+
 class TestSignatureFile:
     def load(self, checkpoint: Path, path: Path, text: str | bytes) -> Any:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())

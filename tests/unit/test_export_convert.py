@@ -1,29 +1,34 @@
-"""Conversion: right numbers at any batch size, the same bytes everywhere, and nothing of the exporting machine."""
+"""Conversion: right numbers at any size, the same bytes everywhere, and nothing of the exporting machine."""
 
 import getpass
+import json
 import os
 import resource
 import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
+from torch import Tensor, nn
 
-from export.archive import open_archive
-from export.convert import ONNX_OPSET, convert, convert_in_fresh_process
+from export.calibration import write_calibration
+from export.combinations import Combination
+from export.convert import convert, convert_in_fresh_process
 from export.errors import ConversionError
-from export.gates import Reference
-from export.inputs import random_batch
-from export.pipeline import ExportReport
+from export.inputs import random_batch, random_samples
+from handlers.artifact import Artifact
 from handlers.backend import build_backend
-from handlers.signature import Artifact, Signature
+from handlers.calling import NamedModule
+from handlers.signature import Signature
+from handlers.tensors import TensorBatch
 
-KINDS = [("torchscript", "trace"), ("torchscript", "script"), ("onnx", "trace")]
+KINDS = [("torchscript", "trace"), ("torchscript", "script"), ("onnx", "trace"), ("eager", "trace")]
 USERS_MODULE = """
 import atexit
 from models.convnet import build_conv_classifier
@@ -36,31 +41,43 @@ def build():
 """
 
 
+def run(signature: Signature, artifact: Artifact, folder: Path, batch: TensorBatch) -> dict[str, np.ndarray]:
+    return build_backend(signature.with_artifact(artifact), folder, threads=1).run(batch)
+
+
+def expected(module: nn.Module, signature: Signature, batch: TensorBatch) -> dict[str, np.ndarray]:
+    """What the module itself computes."""
+    names = [spec.name for spec in signature.outputs]
+    named = NamedModule(module.eval(), [spec.name for spec in signature.inputs], names)
+    with torch.no_grad():
+        outputs = named(*(torch.from_numpy(np.array(batch[spec.name])) for spec in signature.inputs))
+    return {name: output.numpy() for name, output in zip(names, outputs, strict=True)}
+
+
+def assert_close(actual: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    assert actual.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert actual[name].dtype == values.dtype
+        np.testing.assert_allclose(actual[name], values, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(scope="session")
 def converted(
-    checkpoint: Path, exported: Callable[[str], ExportReport], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], Path]:
-    """The artifact of a real conversion by format and method; each is made once."""
-    made: dict[tuple[str, str], Path] = {}
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Artifact, Path]]:
+    """An artifact and its folder by format and method; each is converted once, in a process of its own."""
+    made: dict[tuple[str, str], tuple[Artifact, Path]] = {}
 
-    def artifact(format: str, method: str) -> Path:
+    def conversion(format: str, method: str) -> tuple[Artifact, Path]:
         if (format, method) not in made:
             folder = tmp_path_factory.mktemp(f"{format}-{method}")
-            if method == "script":
-                made[format, method] = (
-                    folder / convert_in_fresh_process(checkpoint, folder, format=format, method=method).file
-                )
-            else:
-                open_archive(exported(format).archive).extract(folder)
-                made[format, method] = folder / f"model.{'pt' if format == 'torchscript' else 'onnx'}"
+            made[format, method] = (
+                convert_in_fresh_process(checkpoint, folder, format=format, method=method),
+                folder,
+            )
         return made[format, method]
 
-    return artifact
-
-
-def run(path: Path, signature: Signature, format: str, batch: np.ndarray) -> np.ndarray:
-    artifact = Artifact(format=format, precision="fp32", file=path.name)
-    return build_backend(signature.with_artifact(artifact), path.parent, threads=1).run(batch)
+    return conversion
 
 
 def raw_bytes(path: Path) -> Iterator[bytes]:
@@ -72,80 +89,57 @@ def raw_bytes(path: Path) -> Iterator[bytes]:
                 yield archive.read(name)
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """Everything that a conversion left, by path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and (path.name.startswith("model") or "source" in path.parts)
+    }
+
+
 @pytest.mark.parametrize(("format", "method"), KINDS)
 class TestArtifacts:
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 32, 65])
     def test_they_compute_what_the_module_computes(
         self,
-        converted: Callable[[str, str], Path],
-        module: torch.nn.Module,
+        converted: Callable[[str, str], tuple[Artifact, Path]],
+        module: nn.Module,
         signature: Signature,
         format: str,
         method: str,
         size: int,
     ) -> None:
         batch = random_batch(signature, size)
-        actual = run(converted(format, method), signature, format, batch)
-        np.testing.assert_allclose(actual, Reference(module).run(batch), rtol=1e-4, atol=1e-5)
+        artifact, folder = converted(format, method)
+        assert_close(run(signature, artifact, folder, batch), expected(module, signature, batch))
 
     def test_they_hold_nothing_of_the_exporting_machine(
-        self, converted: Callable[[str, str], Path], checkpoint: Path, format: str, method: str
+        self, converted: Callable[[str, str], tuple[Artifact, Path]], checkpoint: Path, format: str, method: str
     ) -> None:
-        path = converted(format, method)
+        artifact, folder = converted(format, method)
         repository = Path(__file__).parents[2]
         secrets = [str(path) for path in (repository, checkpoint.parent, Path(torch.__file__).parent.parent)]
         secrets += ["/tmp/", "/home/", "site-packages", "torchport-export", socket.gethostname()]
         secrets += ["def forward(self, image: Tensor)", "# [B, widths[-1]"]  # lines of the model's source
         if getpass.getuser() != "root":  # a word of its own in any program
             secrets.append(getpass.getuser())
-        for content in raw_bytes(path):
+        for content in raw_bytes(folder / artifact.file):
             for secret in secrets:
                 assert secret.encode() not in content, secret
             # TorchScript names its own records code/NAME.py; nobody else may name a source file.
             if format == "onnx":
                 assert b".py" not in content
 
-    def test_torchscript_has_no_debug_records(
-        self, converted: Callable[[str, str], Path], format: str, method: str
-    ) -> None:
-        path = converted(format, method)
-        if format == "onnx":
-            assert not zipfile.is_zipfile(path)
-        else:
-            with zipfile.ZipFile(path) as archive:
-                assert not [name for name in archive.namelist() if "debug" in name]
 
-
-@pytest.fixture(scope="module")
-def graph(converted: Callable[[str, str], Path]) -> onnx.ModelProto:
-    return onnx.load(converted("onnx", "trace"), load_external_data=False)
-
-
-class TestOnnx:
-    def test_names_and_axes_are_those_of_the_signature(self, graph: onnx.ModelProto) -> None:
-        (given,), (gives,) = graph.graph.input, graph.graph.output
-        assert (given.name, gives.name) == ("image", "logits")
-        axes = given.type.tensor_type.shape.dim
-        assert [axis.dim_param or axis.dim_value for axis in axes] == ["batch", 1, 8, 8]
-        assert gives.type.tensor_type.shape.dim[0].dim_param == "batch"
-
-    def test_the_weights_are_inside_and_the_opset_is_fixed(self, graph: onnx.ModelProto) -> None:
-        assert graph.graph.initializer
-        assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.graph.initializer)
-        assert [entry.version for entry in graph.opset_import if entry.domain == ""] == [ONNX_OPSET]
-
-    def test_nothing_is_told_of_the_nodes_origin(self, graph: onnx.ModelProto) -> None:
-        assert not graph.metadata_props
-        assert not [node for node in graph.graph.node if node.metadata_props or node.doc_string]
-
-
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize(("format", "method"), KINDS)
 def test_another_folder_another_file_name_and_another_process_give_the_same_bytes(
-    converted: Callable[[str, str], Path],
+    converted: Callable[[str, str], tuple[Artifact, Path]],
     checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     format: str,
+    method: str,
 ) -> None:
     elsewhere = tmp_path / "another folder"
     elsewhere.mkdir()
@@ -153,21 +147,239 @@ def test_another_folder_another_file_name_and_another_process_give_the_same_byte
     os.utime(copy, (1e9, 1e9))
     for variable, value in (("TZ", "Pacific/Auckland"), ("PYTHONHASHSEED", "77"), ("LC_ALL", "C")):
         monkeypatch.setenv(variable, value)
-    artifact = convert_in_fresh_process(copy, elsewhere, format=format, method="trace")
-    assert (elsewhere / artifact.file).read_bytes() == converted(format, "trace").read_bytes()
+    artifact = convert_in_fresh_process(copy, elsewhere, format=format, method=method)
+    first, folder = converted(format, method)
+    assert artifact == first
+    assert written(elsewhere) == written(folder)
     # One file: no weights beside it.
     assert [path.name for path in elsewhere.glob("model*")] == [artifact.file]
 
 
+@pytest.mark.parametrize(("format", "precision"), [("torchscript", "bf16"), ("torchscript", "int8"), ("onnx", "int8")])
+def test_reduced_precisions_give_the_same_bytes_again(
+    checkpoint: Path, signature: Signature, tmp_path: Path, format: str, precision: str
+) -> None:
+    write_calibration(tmp_path / "calibration.npz", random_samples(signature, 8))
+    contents = []
+    for name in ("first", "second folder"):
+        (tmp_path / name).mkdir()
+        convert_in_fresh_process(
+            checkpoint,
+            tmp_path / name,
+            format=format,
+            precision=precision,
+            calibration=tmp_path / "calibration.npz",
+        )
+        contents.append(written(tmp_path / name))
+    assert contents[0] == contents[1]
+
+
+class Given(nn.Module):
+    """Two inputs, two outputs, in one of the forms that a module may give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+
+    def compute(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(first) + second, torch.tanh(first - second)
+
+
+class GivesTuple(Given):
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return self.compute(first, second)
+
+
+class GivesMapping(Given):
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        total, difference = self.compute(first, second)
+        # In another order than the signature's, and with one more.
+        return {"difference": difference, "ignored": first, "total": total}
+
+
+@dataclass
+class Outputs:
+    difference: Tensor
+    total: Tensor
+    hidden: Tensor | None = None
+
+
+class GivesDataclass(Given):
+    def forward(self, first: Tensor, second: Tensor) -> Outputs:
+        total, difference = self.compute(first, second)
+        return Outputs(difference, total)
+
+
+class TakesOtherNames(Given):
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.compute(a, b)
+
+
+class SwapsArguments(Given):
+    """By keyword its arguments are right, by position they are not."""
+
+    def forward(self, second: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        return self.compute(first, second)
+
+
+FORMS: list[type[Given]] = [GivesTuple, GivesMapping, GivesDataclass, TakesOtherNames, SwapsArguments]
+PAIR = Signature.from_document(
+    {
+        "format_version": 1,
+        "task": "tensor",
+        "inputs": [
+            {"name": "first", "dtype": "float32", "shape": ["batch", 4]},
+            {"name": "second", "dtype": "float32", "shape": ["batch", 4]},
+        ],
+        "outputs": [
+            {"name": "total", "dtype": "float32", "shape": ["batch", 4]},
+            {"name": "difference", "dtype": "float32", "shape": ["batch", 4]},
+        ],
+    }
+)
+
+
+def combination(format: str, precision: str = "fp32") -> Combination:
+    return Combination(format=format, precision=precision)
+
+
+class TestForms:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("format", "method"), [("torchscript", "trace"), ("onnx", "trace")])
+    @pytest.mark.parametrize("size", [1, 5])
+    def test_inputs_and_outputs_of_any_form(
+        self, tmp_path: Path, form: type[Given], format: str, method: str, size: int
+    ) -> None:
+        artifact = convert(form().eval(), PAIR, tmp_path, combination=combination(format), method=method)
+        batch = random_batch(PAIR, size)
+        assert_close(run(PAIR, artifact, tmp_path, batch), expected(form(), PAIR, batch))
+
+    @pytest.mark.parametrize("form", [GivesTuple, GivesMapping, TakesOtherNames, SwapsArguments])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+    def test_a_scripted_module_is_called_alike(self, tmp_path: Path, form: type[Given], precision: str) -> None:
+        artifact = convert(
+            form().eval(), PAIR, tmp_path, combination=combination("torchscript", precision), method="script"
+        )
+        batch = random_batch(PAIR, 3)
+        tolerance = 1e-5 if precision == "fp32" else 5e-2
+        assert_close(run(PAIR, artifact, tmp_path, batch), expected(form(), PAIR, batch), tolerance)
+
+    def test_an_output_that_is_not_there_is_named_with_those_that_are(self, tmp_path: Path) -> None:
+        document = PAIR.to_document()
+        document["outputs"][0]["name"] = "sum"
+        with pytest.raises(ConversionError, match="'sum' is not among those of the model: difference, ignored, total"):
+            convert(
+                GivesMapping().eval(),
+                Signature.from_document(document),
+                tmp_path,
+                combination=combination("torchscript"),
+            )
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"dtype": "int64"}, "is float32, and the signature says int64"),
+            ({"shape": ["batch", 5]}, r"has the shape \[3, 4\] for an example, and the signature says \['batch', 5\]"),
+            ({"shape": ["batch"]}, r"has the shape \[3, 4\]"),
+        ],
+    )
+    def test_outputs_unlike_the_signature_are_refused(
+        self, tmp_path: Path, change: dict[str, Any], message: str
+    ) -> None:
+        document = PAIR.to_document()
+        document["outputs"][1] |= change
+        with pytest.raises(
+            ConversionError, match=f"the model's output 'difference' {message}.*; correct the signature"
+        ):
+            convert(GivesTuple(), Signature.from_document(document), tmp_path, combination=combination("onnx"))
+
+    def test_inputs_that_the_model_cannot_take_are_said_before_any_compiler_speaks(self, tmp_path: Path) -> None:
+        document = PAIR.to_document()
+        document["inputs"][0]["shape"] = ["batch", 3]
+        with pytest.raises(
+            ConversionError, match=r"^the model fails in fp32 on an example .*mat1 and mat2.*; correct the"
+        ):
+            convert(GivesTuple(), Signature.from_document(document), tmp_path, combination=combination("onnx"))
+
+
+class Encoder(nn.Module):
+    """Token ids of any length, and a mask that one may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        hidden = self.encoder(self.embedding(input_ids), src_key_padding_mask=mask == 0)
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        hidden = hidden * weights
+        return {"logits": self.head(hidden.sum(1) / weights.sum(1)), "hidden": hidden}
+
+
+def encoder_signature(*, with_mask: bool) -> Signature:
+    ids = {"name": "input_ids", "dtype": "int64", "shape": ["batch", "length"], "minimum": 0, "maximum": 19}
+    mask = {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "length"], "minimum": 1, "maximum": 1}
+    return Signature.from_document(
+        {
+            "format_version": 1,
+            "task": "tensor",
+            "inputs": [{**ids, "padding": 0}, {**mask, "padding": 0}] if with_mask else [ids],
+            "axes": {"length": {"maximum": 24}},
+            "outputs": [
+                {"name": "logits", "dtype": "float32", "shape": ["batch", 3]},
+                {"name": "hidden", "dtype": "float32", "shape": ["batch", "length", 16]},
+            ],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "tolerance"),
+    [
+        ("torchscript", "fp32", 1e-5),
+        ("torchscript", "bf16", 5e-2),
+        ("torchscript", "int8", 2e-1),
+        ("onnx", "fp32", 1e-5),
+        ("onnx", "int8", 2e-1),
+    ],
+)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_any_batch_and_length_with_or_without_a_mask(
+    tmp_path: Path, format: str, precision: str, tolerance: float, with_mask: bool
+) -> None:
+    signature = encoder_signature(with_mask=with_mask)
+    artifact = convert(Encoder().eval(), signature, tmp_path, combination=combination(format, precision))
+    assert (artifact.precision, artifact.device, artifact.requires) == (precision, "cpu", {})
+    backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
+    batches = [random_batch(signature, 7)]
+    batches += [random_batch(signature, size, sizes={"length": n}) for size in (1, 2) for n in (1, 2, 24)]
+    # PyTorch's short cut through its encoder layers rounds otherwise.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for batch in batches:
+            assert_close(backend.run(batch), expected(Encoder(), signature, batch), tolerance)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_the_short_cut_of_pytorchs_encoder_is_on_again_afterwards(tmp_path: Path) -> None:
+    convert(GivesTuple().eval(), PAIR, tmp_path, combination=combination("torchscript"))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_users_own_module_is_found_where_the_user_stands_and_may_print(
-    module: torch.nn.Module,
+    module: nn.Module,
     signature: Signature,
     signature_document: dict[str, object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import json
-
     (tmp_path / "module_of_a_user.py").write_text(USERS_MODULE)
     (tmp_path / "signature.json").write_text(json.dumps(signature_document))
     torch.save(module.state_dict(), tmp_path / "weights.pt")
@@ -181,10 +393,11 @@ def test_a_users_own_module_is_found_where_the_user_stands_and_may_print(
         method="script",
         factory="module_of_a_user:build",
         signature_file=Path("signature.json"),
+        config={},
     )
     batch = random_batch(signature, 3)
-    actual = run(tmp_path / "out" / artifact.file, signature, "torchscript", batch)
-    np.testing.assert_allclose(actual, Reference(module).run(batch), rtol=1e-4, atol=1e-5)
+    actual = run(signature, artifact, tmp_path / "out", batch)
+    assert_close(actual, expected(module, signature, batch))
 
 
 def test_a_process_that_dies_gives_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
@@ -197,7 +410,7 @@ def test_a_process_that_dies_gives_one_sentence(checkpoint: Path, tmp_path: Path
             convert_in_fresh_process(checkpoint, tmp_path, format="torchscript", method="trace", factory="killer:build")
 
 
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.parametrize("format", ["torchscript", "onnx", "eager"])
 def test_a_full_disk_gives_one_sentence(checkpoint: Path, tmp_path: Path, format: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -213,20 +426,33 @@ def test_what_the_process_refuses_is_said_as_it_says_it(tmp_path: Path) -> None:
         convert_in_fresh_process(tmp_path / "nope.pt", tmp_path, format="onnx", method="trace")
 
 
-class NotScriptable(torch.nn.Module):
-    """Python that no compiler of ours takes: a generator, and control flow on values."""
+class BranchesOnValues(nn.Module):
+    """Python that no compiler of ours takes: control flow on values."""
 
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        if float(batch.sum()) > 0:
-            return sum(row for row in (yield from batch))  # type: ignore[return-value]
-        return batch
+    def forward(self, image: Tensor) -> Tensor:
+        rows = [row * 2 for row in image if float(row.sum()) > 0]
+        return torch.stack(rows or [image[0]]).mean(dim=(0, 1, 2), keepdim=False)[None, :3].expand(len(image), 3) * 1.0
 
 
-@pytest.mark.parametrize(("format", "method"), KINDS)
-def test_a_model_that_cannot_be_converted_gives_one_sentence(
-    signature: Signature, tmp_path: Path, format: str, method: str
+@pytest.mark.parametrize(
+    ("format", "method", "remedy"),
+    [
+        ("torchscript", "script", "use --method trace"),
+        ("onnx", "trace", "use --format eager"),
+        ("pt2", "trace", "use --format eager"),
+    ],
+)
+def test_a_model_that_cannot_be_converted_gives_one_sentence_with_a_remedy(
+    signature: Signature, tmp_path: Path, format: str, method: str, remedy: str
 ) -> None:
-    with pytest.raises(ConversionError, match=rf"^the model cannot be converted to {format} \(") as caught:
-        convert(NotScriptable(), signature, random_batch(signature, 3), tmp_path, method=method, format=format)
+    how = "script" if format == "torchscript" else "torch.export"
+    with pytest.raises(ConversionError, match=rf"^the model cannot be converted to {format} \({how}\): \S") as caught:
+        convert(BranchesOnValues().eval(), signature, tmp_path, combination=combination(format), method=method)
     assert "\n" not in str(caught.value)
+    assert remedy in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_offered_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="fp16 on a CPU is not offered"):
+        convert_in_fresh_process(tmp_path / "nope.pt", tmp_path, format="onnx", precision="fp16")

@@ -1,0 +1,92 @@
+"""What all compilers need: quiet, a module they can take apart, and one sentence when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from export.errors import ConversionError
+from handlers.errors import BackendError
+
+# The root is ONNX Runtime's quantiser, which has none of its own.
+_LOGGERS = ("root", "torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torch._inductor", "torch.fx")
+
+# Lines that frame what went wrong without saying it.
+_NOISE = re.compile(
+    r"^(\s*$|Traceback|File \"|The above exception|During handling|Failed to export the model|❌|"
+    r"The following (call|operation|error)|[\s~^<>-]+$|- *$)"
+)
+_DATA_DEPENDENT = ("data-dependent", "data dependent", "Dynamic control flow")
+_LONGEST_REASON = 300
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Silence the compilers, record no gradients, and keep PyTorch's transformer layers in one visible piece.
+
+    Its own encoder layers take a short cut in eval mode, a single operator that neither ONNX nor int8 layers know.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    short_cut = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with warnings.catch_warnings(), torch.no_grad():
+            # torch.jit's deprecation and the exporters' remarks are for their developers, not for our users.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(short_cut)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def conversion_error(error: Exception, *, format: str, method: str) -> ConversionError:
+    """One sentence for whatever a compiler raised about a user's model.
+
+    Args:
+        error: What it raised.
+        format: The format asked for.
+        method: ``trace``, ``script``, or the name of the exporter.
+    """
+    if isinstance(error, ConversionError):
+        return error
+    if isinstance(error, BackendError):  # it knows the model's outputs, and says what to do
+        return ConversionError(str(error))
+    hint = _remedy(error, format=format, method=method)
+    sentence = f"the model cannot be converted to {format} ({method}): {first_line(error)}"
+    return ConversionError(f"{sentence}; {hint}" if hint else sentence)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if not _NOISE.match(line)]
+    # torch.export announces its constraints, and lists them below that.
+    listed = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    if lines and lines[0].startswith("Constraints violated") and listed:
+        lines = listed
+    # One sentence of it: what follows is advice to callers of the compiler.
+    return re.split(r"(?<=[a-z)])\. ", lines[0])[0][:_LONGEST_REASON].rstrip(" .;:") if lines else type(error).__name__
+
+
+def _remedy(error: Exception, *, format: str, method: str) -> str | None:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        return None
+    if method == "script":
+        return "TorchScript compiles only a part of Python: use --method trace"
+    if any(phrase in text for phrase in _DATA_DEPENDENT):
+        return (
+            "the model's control flow depends on the values of its inputs: write it with torch.where or torch.cond, "
+            "or use --format eager"
+        )
+    if format in ("onnx", "pt2"):
+        return "use --format torchscript or --format eager"
+    return "use --format eager"
