@@ -39,6 +39,12 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long the workers may take to load.")
     ] = 300,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PUBLIC_KEY", help="Serve nothing but archives that this key signed (export --sign); a PEM file."
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Serve archives with TorchServe in the foreground, until Ctrl-C.
 
@@ -50,6 +56,11 @@ def serve(
 
     opened = [open_archive(path) for path in archives]
     _refuse_twins(opened)
+    if require_signature is not None:
+        from export.signing import verify_signature  # noqa: PLC0415  # an extra that others need not install
+
+        for archive in opened:
+            verify_signature(archive, require_signature)
     ports = Ports.from_first(port)
     progress = Console(stderr=True)
     # TorchServe runs in a session of its own and would outlive us: SIGTERM of a service manager and SIGHUP of a closed
@@ -89,7 +100,9 @@ def _print_ready(server: TorchServe, archives: list[Archive]) -> None:
             *("curl", "-s", url, "-H", f"Authorization: Bearer {token}"),
             *("-H", f"Content-Type: {sample['content_type']}", "--data-binary", f"@{body}"),
         ]
-        print(f"{archive.name} {archive.version} is ready. Try it (the answer should be {sample['label']!r}):")
+        label = sample.get("label")
+        expected = "" if label is None else f" (the answer should be {label!r})"
+        print(f"{archive.name} {archive.version} is ready. Try it{expected}:")
         print(f"  {shlex.join(command)}", flush=True)
     print(f"metrics: {state.metrics_url}/metrics   log: {server.log_file}   stop with Ctrl-C", flush=True)
 

@@ -107,6 +107,7 @@ class TorchServe:
             JavaError: If there is no Java.
             PortError: If the host is none of this machine.
             StateError: If another server has the state folder, or it cannot be used.
+            ArchiveError: If an archive was replaced after it was verified.
         """
         try:
             self._start()
@@ -135,8 +136,9 @@ class TorchServe:
         store.mkdir()
         models = {archive.name: store / f"{archive.name}.mar" for archive in self._archives}
         for archive in self._archives:
-            # A copy, not a link: what was verified is what is loaded, whatever happens to the original meanwhile.
-            shutil.copyfile(archive.path, models[archive.name])
+            # A copy, not a link, and one that has the verified digest: what was verified is what is loaded, whatever
+            # happened to the original meanwhile.
+            archive.copy(models[archive.name])
         config = self.state.folder / "config.properties"
         properties = server_properties(
             self._ports,

@@ -1,21 +1,17 @@
-"""Archives: packing with ``torch-model-archiver``, the canonical form, and reading back.
-
-The canonical form of a ``.mar`` is a zip with sorted, uncompressed entries and fixed dates and modes. The same files
-give the same bytes on every machine, and a reader can rebuild the bytes and so notice any change, even in the parts
-of a zip that no digest of a file covers.
-"""
+"""Archives: packing with ``torch-model-archiver``, and reading back what can be trusted."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -23,22 +19,34 @@ from typing import IO, Any
 import handlers
 from export.atomic import replacing
 from export.errors import ArchiveError
-from handlers.digests import DIGESTS_FILE, compare_digests, digests_document, file_sha256, parse_digests, sha256
+from export.zip_form import (
+    EPOCH,
+    add_entry,
+    check_canonical,
+    check_expansion,
+    check_names,
+    check_packed_by_hand,
+    entry_chunks,
+)
+from handlers.digests import DIGESTS_FILE, Digests, digests_document, file_sha256, parse_digests, sha256
 from handlers.document import shown
 from handlers.errors import DigestError
+from handlers.manifest import MANIFEST_FILE, is_usable_name
 
 SUFFIX = ".mar"
-MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+SIGNATURE_SUFFIX = ".sig"
 CONFIG_FILE = "model-config.yaml"
 ENTRY_FILE = "entry.py"
+PROVENANCE_FILE = "provenance.json"
+MODEL_CARD_FILE = "MODEL_CARD.md"
+LICENCE_FILE = "LICENSE"
 
-# The first moment that a zip can hold, and the default of SOURCE_DATE_EPOCH here.
-_EPOCH = (1980, 1, 1, 0, 0, 0)
-_MODE = 0o100644
-_UNIX = 3
 _CHUNK_BYTES = 1 << 20
-# What torch-model-archiver accepts, and what stays one word in a URL, a shell and a metric label.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+# Far more than the documents of an archive have; read whole, so bounded.
+_MOST_DOCUMENT_BYTES = 16 << 20
+
+# Signs a finished archive: takes its path, gives the bytes of its signature.
+Signer = Callable[[Path], bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +70,7 @@ def check_name(name: str, what: str) -> str:
     Raises:
         ArchiveError: If ``name`` does not fit.
     """
-    if not _NAME.fullmatch(name):
+    if not is_usable_name(name):
         raise ArchiveError(
             f"the {what} {shown(name)} is not usable: write letters, digits, '-', '_' and '.', "
             "beginning with a letter or digit"
@@ -70,32 +78,58 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def write_archive(files: ArchiveFiles, *, name: str, version: str, out: Path) -> Path:
+def signature_path(archive: Path) -> Path:
+    """Where the signature of an archive is: beside it."""
+    return archive.with_name(archive.name + SIGNATURE_SUFFIX)
+
+
+def write_archive(files: ArchiveFiles, *, name: str, version: str, out: Path, sign: Signer | None = None) -> Path:
     """Pack an archive and put it, whole or not at all, into a model store.
+
+    The signature of an archive that was there before goes with it.
 
     Args:
         files: Its content.
         name: Model name; the file is ``NAME.mar``.
         version: Model version.
         out: The model store; it is made if need be.
+        sign: Signs the archive; its signature is put beside it.
 
     Returns:
         The archive's path.
 
     Raises:
         ArchiveError: If it cannot be packed or written.
+        SigningError: If it cannot be signed.
     """
     destination = out / f"{check_name(name, 'model name')}{SUFFIX}"
     check_name(version, "model version")
     try:
         with tempfile.TemporaryDirectory(prefix="torchport-pack-") as staging:
             packed = _run_archiver(files, name=name, version=version, staging=Path(staging))
+            signature = None
+            if sign is not None:
+                packed = _signable(packed, Path(staging))
+                signature = sign(packed)
             out.mkdir(parents=True, exist_ok=True)
-            with replacing(destination) as file:
-                write_canonical(packed, file)
+            with replacing(destination, companion=(signature_path(destination), signature)) as file:
+                if signature is None:
+                    write_canonical(packed, file)
+                else:
+                    with packed.open("rb") as source:
+                        shutil.copyfileobj(source, file, _CHUNK_BYTES)
     except OSError as error:
         raise ArchiveError(f"{destination} cannot be written: {error.strerror or error}") from error
     return destination
+
+
+def _signable(packed: Path, staging: Path) -> Path:
+    """The canonical form of an archive as a file of the right name, which signatures record."""
+    path = staging / "canonical" / packed.name
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        write_canonical(packed, file)
+    return path
 
 
 def check_store(out: Path) -> None:
@@ -120,7 +154,7 @@ def created_on() -> str:
     text = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         moment = (
-            datetime.datetime(*_EPOCH, tzinfo=datetime.UTC)
+            datetime.datetime(*EPOCH, tzinfo=datetime.UTC)
             if not text
             else datetime.datetime.fromtimestamp(int(text), tz=datetime.UTC)
         )
@@ -129,31 +163,60 @@ def created_on() -> str:
     return moment.strftime("%d/%m/%Y %H:%M:%S")
 
 
+def stage_extra_files(files: ArchiveFiles, folder: Path) -> None:
+    """Put everything but the artifact, the entry file and the configuration into a folder: the handlers, and documents.
+
+    Raises:
+        ArchiveError: If the archiver would leave one of them out.
+    """
+    for module in sorted(handlers_folder().glob("*.py")):
+        if module.name != ENTRY_FILE:
+            _put(folder / handlers_folder().name / module.name, module.read_bytes())
+    for path, content in files.documents.items():
+        folders = PurePosixPath(path).parts[:-1]
+        if any(part.startswith(".") or part in ("__pycache__", "__MACOSX") for part in folders):
+            raise ArchiveError(f"torch-model-archiver leaves {path!r} out; give its folder another name")
+        _put(folder / path, content)
+
+
+def handlers_folder() -> Path:
+    """Where the handlers' own source is."""
+    return Path(handlers.__file__).parent
+
+
+def archiver_arguments(*, name: str, version: str, artifact: str, handler: str, extra: str, config: str) -> list[str]:
+    """What ``torch-model-archiver`` is told; the files are paths from where it is run."""
+    return [
+        *("--model-name", name, "--version", version, "--serialized-file", artifact, "--handler", handler),
+        *("--extra-files", extra, "--config-file", config, "--archive-format", "zip-store"),
+    ]
+
+
 def _run_archiver(files: ArchiveFiles, *, name: str, version: str, staging: Path) -> Path:
     """Stage everything in a folder of its own and call torch-model-archiver there.
 
     The archiver stages in the system's temporary folder under the model's name and deletes what was there, so two at
     once destroy each other: give it a temporary folder that nobody else has.
     """
-    extra = staging / "extra"
     scratch = staging / "tmp"
     scratch.mkdir()
-    package = Path(handlers.__file__).parent
-    for module in sorted(package.glob("*.py")):
-        if module.name != ENTRY_FILE:
-            _put(extra / package.name / module.name, module.read_bytes())
-    for path, content in files.documents.items():
-        _put(extra / path, content)
-    config = staging / CONFIG_FILE
-    config.write_bytes(files.config)
-    command = [
-        *(sys.executable, "-m", "model_archiver.model_packaging", "--force"),
-        *("--model-name", name, "--version", version),
-        *("--serialized-file", str(files.artifact), "--handler", str(package / ENTRY_FILE)),
-        *("--extra-files", str(extra), "--config-file", str(config), "--export-path", str(staging)),
-    ]
+    stage_extra_files(files, staging / "extra")
+    (staging / CONFIG_FILE).write_bytes(files.config)
+    arguments = archiver_arguments(
+        name=name,
+        version=version,
+        artifact=str(files.artifact.absolute()),
+        handler=str(handlers_folder() / ENTRY_FILE),
+        extra="extra",
+        config=CONFIG_FILE,
+    )
     done = subprocess.run(
-        command, env={**os.environ, "TMPDIR": str(scratch)}, cwd=staging, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "model_archiver.model_packaging", *arguments, "--export-path", str(staging)],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        cwd=staging,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     packed = staging / f"{name}{SUFFIX}"
     if done.returncode != 0 or not packed.is_file():
@@ -179,31 +242,17 @@ def write_canonical(packed: Path, destination: IO[bytes]) -> None:
         manifest["createdOn"] = created_on()
         manifest_bytes = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
         names = sorted(name for name in source.namelist() if not name.endswith("/"))
-        digests = {name: sha256([manifest_bytes] if name == MANIFEST_FILE else _chunks(source, name)) for name in names}
+        digests = {
+            name: sha256([manifest_bytes] if name == MANIFEST_FILE else entry_chunks(source, name)) for name in names
+        }
         for name in sorted([*names, DIGESTS_FILE]):
             if name == MANIFEST_FILE:
-                _add(target, name, [manifest_bytes], len(manifest_bytes))
+                add_entry(target, name, [manifest_bytes], len(manifest_bytes))
             elif name == DIGESTS_FILE:
                 document = digests_document(digests)
-                _add(target, name, [document], len(document))
+                add_entry(target, name, [document], len(document))
             else:
-                _add(target, name, _chunks(source, name), source.getinfo(name).file_size)
-
-
-def _add(target: zipfile.ZipFile, name: str, chunks: Iterator[bytes] | list[bytes], size: int) -> None:
-    info = zipfile.ZipInfo(name, date_time=_EPOCH)
-    info.external_attr = _MODE << 16
-    info.create_system = _UNIX
-    info.file_size = size  # zipfile chooses zip64 by it
-    with target.open(info, "w") as entry:
-        for chunk in chunks:
-            entry.write(chunk)
-
-
-def _chunks(source: zipfile.ZipFile, name: str) -> Iterator[bytes]:
-    with source.open(name) as entry:
-        while chunk := entry.read(_CHUNK_BYTES):
-            yield chunk
+                add_entry(target, name, entry_chunks(source, name), source.getinfo(name).file_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,13 +263,17 @@ class Archive:
         path: The ``.mar`` file.
         name: Model name.
         version: Model version.
-        digests: SHA-256 by path within the archive.
+        sha256: SHA-256 of the whole file.
+        digests: SHA-256 by path within the archive, of every file but ``digests.json``.
+        packed_by_hand: Whether its manifest was written after its digests: see :mod:`handlers.digests`.
     """
 
     path: Path
     name: str
     version: str
-    digests: dict[str, str]
+    sha256: str
+    digests: Mapping[str, str]
+    packed_by_hand: bool = False
 
     def read(self, file: str) -> bytes:
         """The bytes of one of the files in ``digests``.
@@ -257,6 +310,22 @@ class Archive:
         if actual != self.digests:
             raise _replaced(self.path)
 
+    def copy(self, destination: Path) -> None:
+        """Copy the archive, and make sure that it is this one that was copied.
+
+        Raises:
+            ArchiveError: If another archive has taken its place since it was verified.
+            OSError: If it cannot be read or written.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as source, destination.open("wb") as target:
+            while chunk := source.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                target.write(chunk)
+        if digest.hexdigest() != self.sha256:
+            destination.unlink()
+            raise _replaced(self.path)
+
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
@@ -274,16 +343,13 @@ def open_archive(path: Path) -> Archive:
     try:
         # Opened once: another export may put another archive in its place at any moment.
         with path.open("rb") as file, zipfile.ZipFile(file) as source:
-            names = source.namelist()
-            _check_names(names, path)
-            _check_sizes(source, os.fstat(file.fileno()).st_size, path)
-            if DIGESTS_FILE not in names or MANIFEST_FILE not in names:
-                raise ArchiveError(f"{path} is not an archive that torchport wrote: it has no {DIGESTS_FILE}")
-            expected = parse_digests(source.read(DIGESTS_FILE))
-            actual = {name: sha256(_chunks(source, name)) for name in names if name != DIGESTS_FILE}
-            compare_digests(expected, actual)
-            _check_canonical(source, file, path)
-            model = json.loads(source.read(MANIFEST_FILE))["model"]
+            recorded = _read_digests(source, os.fstat(file.fileno()).st_size, path)
+            names = [name for name in source.namelist() if name != DIGESTS_FILE]
+            actual = {name: sha256(entry_chunks(source, name)) for name in names}
+            recorded.check(actual, lambda: _read_document(source, MANIFEST_FILE))
+            by_hand = recorded.manifest is not None
+            digest = (check_packed_by_hand if by_hand else check_canonical)(source, file, path)
+            model = json.loads(_read_document(source, MANIFEST_FILE))["model"]
             # They become file names, URLs and lines of TorchServe's configuration.
             check_name(model["modelName"], "model name")
             check_name(model["modelVersion"], "model version")
@@ -295,53 +361,31 @@ def open_archive(path: Path) -> Archive:
         raise ArchiveError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zipfile raises a dozen unrelated types on damaged files
         raise ArchiveError(f"{path} is damaged or not an archive; export it again or fetch a clean copy") from error
-    return Archive(path=path, name=model["modelName"], version=model["modelVersion"], digests=expected)
+    return Archive(
+        path=path,
+        name=model["modelName"],
+        version=model["modelVersion"],
+        sha256=digest,
+        digests=actual,
+        packed_by_hand=by_hand,
+    )
 
 
-def _check_names(names: list[str], path: Path) -> None:
-    for name in names:
-        plain = PurePosixPath(name).as_posix() == name and name != "."
-        if not plain or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-            raise ArchiveError(
-                f"{path} holds the path {name!r}, which is not that of a file inside its folder; do not use it"
-            )
-    if len(set(names)) != len(names):
-        raise ArchiveError(f"{path} holds the same path twice; do not use it")
+def _read_digests(source: zipfile.ZipFile, size: int, path: Path) -> Digests:
+    """What an archive of ``size`` bytes records, after a look at what else it holds."""
+    names = source.namelist()
+    check_names(names, path)
+    check_expansion(source, size, path)
+    if DIGESTS_FILE not in names or MANIFEST_FILE not in names:
+        raise ArchiveError(f"{path} is not an archive that torchport wrote: it has no {DIGESTS_FILE}")
+    return parse_digests(_read_document(source, DIGESTS_FILE))
 
 
-def _check_sizes(source: zipfile.ZipFile, size: int, path: Path) -> None:
-    """Refuse what unpacks to more than it is, before a byte of it is unpacked."""
-    entries = source.infolist()
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or sum(entry.file_size for entry in entries) > size:
-        raise _changed(path)
-
-
-def _changed(path: Path) -> ArchiveError:
-    return ArchiveError(f"{path} was changed after its export; export it again or fetch a clean copy")
+def _read_document(source: zipfile.ZipFile, name: str) -> bytes:
+    if source.getinfo(name).file_size > _MOST_DOCUMENT_BYTES:
+        raise ValueError(f"{name} is too large")
+    return source.read(name)
 
 
 def _replaced(path: Path) -> ArchiveError:
     return ArchiveError(f"another archive took the place of {path} while it was read; try again")
-
-
-def _check_canonical(source: zipfile.ZipFile, file: IO[bytes], path: Path) -> None:
-    """Compare the file with the only bytes that its content can have.
-
-    Digests cover what is inside the entries; this covers all the rest: dates, flags, order, comments, gaps.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix="torchport-verify-") as folder:
-            rebuilt = Path(folder) / path.name
-            with zipfile.ZipFile(rebuilt, "w", zipfile.ZIP_STORED) as target:
-                for name in sorted(source.namelist()):
-                    _add(target, name, _chunks(source, name), source.getinfo(name).file_size)
-            digest = file_sha256(rebuilt)
-    except OSError as error:
-        raise ArchiveError(
-            f"{path} cannot be verified, for which it is rebuilt in {tempfile.gettempdir()}: "
-            f"{error.strerror or error}; name another folder with TMPDIR"
-        ) from error
-    file.seek(0)
-    if sha256(iter(lambda: file.read(_CHUNK_BYTES), b"")) != digest:
-        raise _changed(path)

@@ -9,15 +9,26 @@ from typing import Any
 
 import yaml
 
-from export.archive import CONFIG_FILE, Archive, open_archive
+from export.archive import (
+    CONFIG_FILE,
+    LICENCE_FILE,
+    MODEL_CARD_FILE,
+    PROVENANCE_FILE,
+    Archive,
+    open_archive,
+    signature_path,
+)
 from export.errors import ArchiveError
-from export.provenance import PROVENANCE_FILE
-from handlers.digests import file_sha256
+from export.signing import verify_signature
 from handlers.document import Section
 from handlers.errors import LoadError, SignatureError
 from handlers.golden import GOLDEN_FILE, GoldenSet
 from handlers.model import SIGNATURE_FILE, ServedModel
 from handlers.signature import Signature
+
+UNSIGNED = "unsigned"
+UNVERIFIED = "unverified"
+VERIFIED = "verified"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +37,7 @@ class Inspection:
 
     Attributes:
         archive: The archive.
-        sha256: Digest of the whole file.
+        signing: ``unsigned``; ``unverified`` if there is a signature and no key was given; ``verified``.
         signature: What the model takes and gives.
         provenance: Where it comes from.
         config: Its TorchServe settings.
@@ -35,12 +46,22 @@ class Inspection:
     """
 
     archive: Archive
-    sha256: str
+    signing: str
     signature: Signature
     provenance: dict[str, Any]
     config: dict[str, Any]
     golden_samples: int
     golden_difference: float | None
+
+    @property
+    def model_card(self) -> bool:
+        """Whether the archive holds a model card."""
+        return MODEL_CARD_FILE in self.archive.digests
+
+    @property
+    def licence(self) -> bool:
+        """Whether the archive holds a licence."""
+        return LICENCE_FILE in self.archive.digests
 
     def to_document(self) -> dict[str, Any]:
         """The JSON form."""
@@ -48,30 +69,39 @@ class Inspection:
             "archive": str(self.archive.path),
             "name": self.archive.name,
             "version": self.archive.version,
-            "sha256": self.sha256,
+            "sha256": self.archive.sha256,
+            "packed_by_hand": self.archive.packed_by_hand,
+            "signing": self.signing,
             "signature": self.signature.to_document(),
             "provenance": self.provenance,
             "config": self.config,
-            "digests": self.archive.digests,
+            "digests": dict(self.archive.digests),
+            "model_card": self.model_card,
+            "licence": self.licence,
             "golden_samples": self.golden_samples,
             "golden_difference": self.golden_difference,
         }
 
 
-def inspect_archive(path: Path, *, verify: bool = False) -> Inspection:
+def inspect_archive(path: Path, *, verify: bool = False, public_key: Path | None = None) -> Inspection:
     """Open an archive, verify its digests and read its documents.
 
     Args:
         path: The ``.mar`` file.
-        verify: Also load the model in this process and replay the golden samples.
+        verify: Also load the model in this process, which runs the code of an eager archive, and replay the golden
+            samples.
+        public_key: The archive must be signed by it.
 
     Raises:
         ArchiveError: If the archive is damaged, incomplete, or no longer gives its golden answers.
+        SigningError: If it is not signed by the key.
     """
     archive = open_archive(path)
+    if public_key is not None:
+        verify_signature(archive, public_key)  # before anything of it is read, or run
     try:
         signature = Signature.from_document(archive.read_json(SIGNATURE_FILE))
-        golden = GoldenSet.from_document(archive.read_json(GOLDEN_FILE), signature.outputs[0].name)
+        golden = GoldenSet.from_document(archive.read_json(GOLDEN_FILE))
         provenance = archive.read_json(PROVENANCE_FILE)
         config = yaml.safe_load(archive.read(CONFIG_FILE))
         _check_whole(archive, signature, golden, provenance, config)
@@ -80,13 +110,19 @@ def inspect_archive(path: Path, *, verify: bool = False) -> Inspection:
         raise ArchiveError(f"{path} is not a whole torchport archive: {reason}") from error
     return Inspection(
         archive=archive,
-        sha256=file_sha256(path),
+        signing=_signing(path, public_key),
         signature=signature,
         provenance=provenance,
         config=config,
         golden_samples=len(golden.samples),
         golden_difference=replay_golden(archive) if verify else None,
     )
+
+
+def _signing(path: Path, public_key: Path | None) -> str:
+    if public_key is not None:
+        return VERIFIED
+    return UNVERIFIED if signature_path(path).exists() else UNSIGNED
 
 
 def _check_whole(archive: Archive, signature: Signature, golden: GoldenSet, provenance: object, config: object) -> None:
@@ -98,7 +134,12 @@ def _check_whole(archive: Archive, signature: Signature, golden: GoldenSet, prov
     """
     if signature.artifact is None:
         raise SignatureError("signature.artifact is missing")
-    for file in (signature.artifact.file, *(sample.file for sample in golden.samples)):
+    needed = [signature.artifact.file]
+    if signature.text is not None:
+        needed.append(signature.text.tokenizer)
+    for sample in golden.samples:
+        needed += [sample.file, *sample.outputs.values()]
+    for file in needed:
         if file not in archive.digests:
             raise KeyError(f"{file} is missing")
     Section(config, "config")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +23,9 @@ from deploy import cli
 from deploy.errors import StartError
 from deploy.ports import Ports
 from deploy.state import STATE_VARIABLE, ServerState, find_server
-from export.archive import Archive, ArchiveFiles, open_archive, write_archive
+from export.archive import Archive, ArchiveFiles, open_archive, signature_path, write_archive
+from export.errors import ArchiveError, SigningError
+from export.signing import MAKE_PRIVATE_KEY, MAKE_PUBLIC_KEY, sign_archive
 
 from .fake_java import make_java
 
@@ -203,13 +208,69 @@ def test_an_unusable_state_folder_is_one_sentence(archive: Path, folder: Path) -
 
 
 def named(*names: str) -> list[Archive]:
-    return [Archive(path=Path(f"{i}.mar"), name=name, version="1.0", digests={}) for i, name in enumerate(names)]
+    return [
+        Archive(path=Path(f"{i}.mar"), name=name, version="1.0", sha256="", digests={}) for i, name in enumerate(names)
+    ]
 
 
 def test_two_archives_of_one_name_are_refused() -> None:
     cli._refuse_twins(named("digits", "other"))
     with pytest.raises(StartError, match=r"two of the archives are called 'other'; .*--name"):
         cli._refuse_twins(named("digits", "other", "other"))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    for command in (MAKE_PRIVATE_KEY, MAKE_PUBLIC_KEY):
+        subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path / "private.pem", tmp_path / "public.pem"
+
+
+def test_a_required_signature_is_verified_before_anything_is_started(
+    archive: Path, folder: Path, keys: tuple[Path, Path]
+) -> None:
+    copy = Path(shutil.copy(archive, folder))
+    with pytest.raises(SigningError, match=r"digits\.mar is not signed: there is no digits\.mar\.sig beside it"):
+        cli.serve([copy], require_signature=keys[1])
+    sign_archive(copy, keys[0])
+    signature_path(copy).write_bytes(signature_path(copy).read_bytes().replace(b'"sig":"', b'"sig":"A'))
+    with pytest.raises(SigningError, match="the signature is damaged"):
+        cli.serve([copy], require_signature=keys[1])
+    assert not (folder / "pids").exists()
+    assert not (folder / "state").exists()
+
+
+def test_a_signed_archive_is_served(archive: Path, folder: Path, keys: tuple[Path, Path]) -> None:
+    copy = Path(shutil.copy(archive, folder))
+    sign_archive(copy, keys[0])
+    with serving(copy, folder, "--require-signature", str(keys[1])) as server:
+        server.wait_until_ready()
+        assert server.end(signal.SIGTERM) == 0
+    server.assert_nothing_is_left()
+
+
+def test_a_flipped_byte_of_any_region_is_refused_before_anything_is_started(archive: Path, folder: Path) -> None:
+    content = archive.read_bytes()
+    with zipfile.ZipFile(archive) as source:
+        directory = source.start_dir
+        entry = source.getinfo("model.pt")
+    regions = {
+        "an entry's date": entry.header_offset + 10,
+        "an entry's length": entry.header_offset + 22,
+        "an entry's name": entry.header_offset + 30,
+        "an entry's content": entry.header_offset + 30 + len("model.pt"),
+        "the directory's permissions": directory + 38,
+        "the directory's offset": directory + 42,
+        "the end": len(content) - 22 + 8,
+        "the length of the comment": len(content) - 2,
+    }
+    for region, position in regions.items():
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        (folder / "digits.mar").write_bytes(damaged)
+        with pytest.raises(ArchiveError, match=r"digits\.mar"):
+            cli.serve([folder / "digits.mar"])
+        assert not (folder / "state").exists(), region
 
 
 class StandingServer:

@@ -196,3 +196,34 @@ def test_two_archives_of_one_model_are_refused(tmp_path):
     paths = [write_archive(tmp_path / name) for name in ("a.mar", "b.mar")]
     with pytest.raises(ArchiveFaultError, match=r"a\.mar and b\.mar both hold digits 1\.0"):
         check_archives(paths)
+
+
+def by_hand(path, **manifest):
+    """An archive whose digests describe the manifest, which came after them."""
+    model = {"modelName": "digits", "modelVersion": "1.0", "handler": "entry.py", **manifest}
+    content = {"entry.py": b"class Entry: ...", "model.pt": b"weights"}
+    table = {file: hashlib.sha256(data).hexdigest() for file, data in content.items()}
+    content["digests.json"] = json.dumps({"manifest": {"handler": "entry.py"}, "sha256": table}).encode()
+    content["MAR-INF/MANIFEST.json"] = json.dumps({"model": model}).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file, data in content.items():
+            archive.writestr(file, data)
+    return path
+
+
+def test_an_archive_that_was_packed_by_hand_passes(tmp_path):
+    check_archives([by_hand(tmp_path / "digits.mar")])
+
+
+def test_an_archive_that_was_packed_by_hand_names_the_files_that_it_should(tmp_path):
+    path = by_hand(tmp_path / "digits.mar", handler="other.py")
+    with pytest.raises(ArchiveFaultError, match=r"MANIFEST\.json names other files than digests\.json"):
+        check_archives([path])
+
+
+def test_only_the_manifest_of_an_archive_that_was_packed_by_hand_has_no_digest(tmp_path):
+    path = by_hand(tmp_path / "digits.mar")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("sitecustomize.py", "")
+    with pytest.raises(ArchiveFaultError, match=r"sitecustomize\.py differs from its digest"):
+        check_archives([path])

@@ -24,6 +24,8 @@ from deploy.ports import Ports
 from deploy.server import TorchServe
 from deploy.state import KEY_FILE, SERVER_FILE, STATE_VARIABLE, find_server, state_folder
 from export.archive import Archive
+from export.errors import ArchiveError
+from handlers.digests import sha256
 
 from .fake_java import make_java
 
@@ -38,8 +40,11 @@ class Scene:
     def __init__(self, folder: Path) -> None:
         self.state, self.temporary = folder / "state", folder / "temporary"
         self.seen_file, self.pid_file = folder / "seen.json", folder / "pids"
-        self.archive = Archive(path=folder / "digits.mar", name="digits", version="1.0", digests={})
-        self.archive.path.write_bytes(b"an archive")
+        content = b"an archive"
+        self.archive = Archive(
+            path=folder / "digits.mar", name="digits", version="1.0", sha256=sha256([content]), digests={}
+        )
+        self.archive.path.write_bytes(content)
         self.ports = Ports.free()
 
     def server(self, **options: Any) -> TorchServe:
@@ -346,6 +351,14 @@ def test_an_archive_that_vanished_leaves_nothing(scene: Scene) -> None:
     with pytest.raises(FileNotFoundError), scene.server():
         pytest.fail("the server was started")
     scene.assert_nothing_is_left()
+
+
+def test_an_archive_that_was_replaced_after_it_was_verified_is_not_served(scene: Scene) -> None:
+    scene.archive.path.write_bytes(b"an orchive")
+    with pytest.raises(ArchiveError, match=r"another archive took the place of .*digits\.mar"), scene.server():
+        pytest.fail("the server was started")
+    scene.assert_nothing_is_left()
+    assert not scene.pid_file.exists()
 
 
 def test_a_server_that_was_not_started_says_so(scene: Scene) -> None:

@@ -284,6 +284,11 @@ class TestDamage:
     ) -> None:
         self.rewrite(small, ("bomb", bytes(10 << 20)), compression=zipfile.ZIP_DEFLATED)
         monkeypatch.setattr(zipfile.ZipFile, "open", lambda *arguments: pytest.fail("a byte was unpacked"))
+        with pytest.raises(ArchiveError, match=r"unpacks to more than 100 times its size; do not use it"):
+            open_archive(small)
+
+    def test_a_compressed_archive_is_not_in_canonical_form(self, small: Path) -> None:
+        self.rewrite(small, ("a.txt", b"a" * 1000), compression=zipfile.ZIP_DEFLATED)
         with pytest.raises(ArchiveError, match="changed after its export"):
             open_archive(small)
 
