@@ -12,7 +12,7 @@ import json as jsonlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -70,7 +70,8 @@ def with_boundary(function: CommandFunction) -> Callable[..., None]:
                 traceback.print_exc()
             code, message = _describe(error)
             print(f"Error: {message}", file=sys.stderr, flush=True)
-            document = _failure(type(error).__name__, message)
+            details = error.to_document() if hasattr(error, "to_document") else {}
+            document = _failure(type(error).__name__, message, details)
         if json:
             print(document)
         sys.stdout.flush()  # here, where a closed pipe is still told apart from a defect
@@ -102,9 +103,9 @@ def _describe(error: BaseException) -> tuple[int, str]:
     return EXIT_DEFECT, f"unexpected {type(error).__name__}: {words} (a defect of torchport: run again with --debug)"
 
 
-def _failure(kind: str, message: str) -> str:
-    """What ``--json`` prints when a command fails."""
-    return jsonlib.dumps({"ok": False, "error": {"type": kind, "message": message}})
+def _failure(kind: str, message: str, details: Mapping[str, Any] | None = None) -> str:
+    """What ``--json`` prints when a command fails; an error that has a document adds it."""
+    return jsonlib.dumps({"ok": False, "error": {"type": kind, "message": message}, **(details or {})})
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from export.gates import GateResult
+    from export.pipeline import ExportReport
+
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder or checkpoint file.")],
-    format: Annotated[str, typer.Option(help="Artifact format: torchscript or onnx.")] = "torchscript",
-    precision: Annotated[str, typer.Option(help="Number format of the weights: fp32.")] = "fp32",
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, checkpoint or weights.")],
+    format: Annotated[
+        str, typer.Option(help="Artifact format: torchscript, onnx, pt2 (AOTInductor) or eager.")
+    ] = "torchscript",
+    precision: Annotated[str, typer.Option(help="Number format: fp32, bf16, fp16 (GPUs) or int8.")] = "fp32",
     method: Annotated[str, typer.Option(help="How TorchScript is made: trace or script.")] = "trace",
+    device: Annotated[str, typer.Option(help="Where the model is checked and served: cpu or cuda.")] = "cpu",
     name: Annotated[str | None, typer.Option(help="Model name.", show_default="the run's folder name")] = None,
     version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
     out: Annotated[Path, typer.Option(help="Model store to write the archive to.")] = Path("model_store"),
@@ -25,18 +33,62 @@ def export(
         Path | None,
         typer.Option(
             metavar="DATA",
-            help="Evaluation images, one sub-folder a label.",
+            help="Evaluation data: a folder of images, one sub-folder a label; a .csv, .tsv or .jsonl file of texts "
+            "and labels; or an .npz file of tensors.",
             show_default="the held-out split that the checkpoint names",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Data that int8 measures value ranges on, in the same forms; labels are not needed. The first 256 "
+            "samples are used.",
+            show_default="the training split that the checkpoint names",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT,LABEL",
+            help="Columns of a table of texts, as names or as positions from 0; TITLE+BODY,LABEL joins two.",
+            show_default="text,label",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What builds the module, for a plain state_dict."),
+        typer.Option(metavar="PACKAGE.MODULE:FACTORY", help="What builds the module, for bare weights."),
     ] = None,
-    signature: Annotated[Path | None, typer.Option(metavar="FILE", help="Signature, for a plain state_dict.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML or JSON file with the factory's keyword arguments."),
+    ] = None,
+    signature: Annotated[Path | None, typer.Option(metavar="FILE", help="Signature, for bare weights.")] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="YAML or JSON file with bounds of the gates.", show_default="those of the precision"
+        ),
+    ] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Pack a lower precision even if it is slower than fp32 here.")
+    ] = False,
+    model_card: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Model card for the archive.", show_default="the run folder's own"),
+    ] = None,
+    licence: Annotated[Path | None, typer.Option(metavar="FILE", help="Licence text for the archive.")] = None,
+    staging_only: Annotated[
+        bool,
+        typer.Option("--staging-only", help="Leave a folder and the torch-model-archiver command that packs it."),
+    ] = False,
+    sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Private key (PEM) that signs the archive.")] = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint, compare the artifact with it, and pack an archive only if they agree."""
+    from export.errors import CheckpointError, GateError  # noqa: PLC0415
     from export.pipeline import ExportOptions, export_archive  # noqa: PLC0415  # torch takes seconds to import
+    from export.table import Columns  # noqa: PLC0415
+    from export.yaml_file import read_settings  # noqa: PLC0415
 
     if model is not None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does: the user's package often lies where they stand
@@ -45,77 +97,84 @@ def export(
         format=format,
         precision=precision,
         method=method,
+        device=device,
         name=name or (source.resolve().name if source.is_dir() else source.stem),
         version=version,
         out=out,
         factory=model,
+        factory_config=None if config is None else read_settings(config, "the configuration", CheckpointError),
         signature_file=signature,
         evaluation=eval,
+        calibration=calibration,
+        columns=None if columns is None else Columns.parse(columns),
+        thresholds=thresholds,
+        allow_slower=allow_slower,
+        model_card=model_card,
+        licence=licence,
+        staging_only=staging_only,
+        signing_key=sign,
     )
-    progress = Console(stderr=True)
-    with progress.status("starting") as status:
-        report = export_archive(options, step=status.update)
-    table = Table("gate", "result", "what was found", title=f"{options.name} {version}: {format} {precision}")
-    for gate in report.gates:
-        table.add_row(gate.gate, "[green]passed" if gate.passed else "[red]failed", escape(gate.detail))
+    title = f"{options.name} {version}: {options.combination}"
+    try:
+        with Console(stderr=True).status("starting") as status:
+            report = export_archive(options, step=status.update)
+    except GateError as error:
+        if error.gates:
+            Console(stderr=True).print(_gate_table(error.gates, title))
+        raise
     console = Console()
-    console.print(table)
+    console.print(_gate_table(report.gates, title))
+    _say_what_was_written(console, report)
+    return {"ok": True, **report.to_document()}
+
+
+def _gate_table(gates: Sequence[GateResult], title: str) -> Table:
+    table = Table("gate", "result", "what was found", title=escape(title))
+    for gate in gates:
+        table.add_row(escape(gate.gate), "[green]passed" if gate.passed else "[red]failed", escape(gate.detail))
+    return table
+
+
+def _say_what_was_written(console: Console, report: ExportReport) -> None:
+    from export.archive import signature_path  # noqa: PLC0415
+
     if not report.evaluated:
         console.print(
             "No evaluation data: only random inputs were compared. Give --eval DATA to check the task itself."
         )
-    console.print(f"wrote {escape(str(report.archive))} ({report.bytes / 1e6:.2f} MB)", soft_wrap=True)
-    return {"ok": True, **report.to_document()}
+    size = f"{report.bytes / 1e6:.2f} MB"
+    if report.staged is None:
+        signed = report.archive is not None and signature_path(report.archive).exists()
+        console.print(f"wrote {escape(str(report.archive))} ({size}{', signed' if signed else ''})", soft_wrap=True)
+    else:
+        console.print(
+            f"wrote {escape(str(report.staged.path))} ({size}); its pack.sh packs it, or inside of it", soft_wrap=True
+        )
+        console.print(escape(report.staged.command), soft_wrap=True)
 
 
 def inspect(
     archive: Annotated[Path, typer.Argument(help="The .mar file.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Load the model in this process and replay the golden samples.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the model in this process (code of eager archives runs) and replay its golden samples.",
+        ),
     ] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Public key (PEM) that must have signed the archive.")
+    ] = None,
 ) -> dict[str, Any]:
     """Show what an archive holds, after checking every byte of it."""
+    from export.description import describe  # noqa: PLC0415
     from export.inspection import inspect_archive  # noqa: PLC0415  # torch takes seconds to import
 
-    inspection = inspect_archive(archive, verify=verify)
-    console = Console()
+    inspection = inspect_archive(archive, verify=verify, public_key=public_key)
     table = Table(show_header=False, title=f"{inspection.archive.name} {inspection.archive.version}")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for key, value in _rows(inspection.to_document()):
+    for key, value in describe(inspection):
         table.add_row(escape(key), escape(value))  # labels such as [/INST] are not markup
-    console.print(table)
+    Console().print(table)
     return {"ok": True, **inspection.to_document()}
-
-
-def _rows(document: dict[str, Any]) -> list[tuple[str, str]]:
-    signature = document["signature"]
-    provenance = document["provenance"]
-    checkpoint = provenance["checkpoint"]
-
-    def tensors(key: str) -> str:
-        return ", ".join(f"{spec['name']} {spec['dtype']} {spec['shape']}" for spec in signature[key])
-
-    replayed = document["golden_difference"]
-    return [
-        ("digests", f"{len(document['digests'])} files, all as exported"),
-        ("sha256", document["sha256"]),
-        ("task", signature["task"]),
-        ("inputs", tensors("inputs")),
-        ("outputs", tensors("outputs")),
-        ("labels", ", ".join(signature["labels"])),
-        ("artifact", "{format} {precision} ({file})".format(**signature["artifact"])),
-        ("checkpoint", f"sha256 {checkpoint['sha256']}, git {checkpoint.get('git_revision') or 'unknown'}"),
-        ("metrics", ", ".join(f"{key} {value:.4g}" for key, value in checkpoint["metrics"].items())),
-        *((f"gate: {gate['gate']}", gate["detail"]) for gate in provenance["gates"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
-        (
-            "golden samples",
-            f"{document['golden_samples']}"
-            + (
-                ", not replayed (use --verify)"
-                if replayed is None
-                else f", replayed: largest difference {replayed:.2g}"
-            ),
-        ),
-    ]

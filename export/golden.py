@@ -1,20 +1,55 @@
-"""Choice of golden samples: a few requests whose right answers travel with the archive."""
+"""Choice of golden samples: a few requests whose right answers travel with the archive.
+
+A worker that does not repeat them does not become ready, so they must fail on a wrong machine, and only there.
+
+fp32 archives record what the *checkpoint* answers, and allow what the gates allow. At lower precisions that would
+allow the whole distance between the artifact and its checkpoint, or fail at once; so those archives record what the
+*artifact* answered when it had passed the gates. Another processor rounds otherwise (other vector widths sum in
+another order, and one tie in a quantised activation moves a value by a whole step), and each such rounding is another
+draw from the same noise that parts the artifact from its checkpoint: so twice that noise's largest value is allowed.
+
+Samples whose first class leads by less than both values together can move are left out, and so a label never flips by
+rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from export.comparison import Sample
 from export.errors import GateError
 from export.evaluation import LabelledRequest
-from export.gates import Reference, Thresholds
-from handlers.errors import GoldenError
+from export.gates import margin
+from export.reference import Reference
+from export.task_gates import run_in_groups
+from export.thresholds import Thresholds
 from handlers.golden import GoldenSample, GoldenSet
 from handlers.model import ServedModel
+from handlers.tensors import Array
 
 MAX_SAMPLES = 16
+# How many to look at for samples with a clear first class.
+_CANDIDATES = 64
 # Six decimals are far finer than the tolerances, and hide the last bit in which machines differ.
 _DECIMALS = 6
-_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg"}
+_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "application/json": "json", "text/plain": "txt"}
+# Least tolerance of lower precisions, as a share of the outputs' root mean square: an artifact that happens to hit
+# its checkpoint closely on a handful of samples still rounds otherwise elsewhere.
+_LEAST_NOISE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    """A request with both answers."""
+
+    request: LabelledRequest
+    expected: Sample
+    actual: Sample
+    label: str | None
 
 
 def choose_golden(
@@ -22,47 +57,108 @@ def choose_golden(
 ) -> tuple[GoldenSet, dict[str, bytes]]:
     """Choose golden samples: the first of each class, then the next ones, in data order.
 
+    Args:
+        requests: What to choose from; at least one.
+        reference: The checkpoint's answers, recorded for fp32.
+        served: The artifact, which has passed the gates; its answers are recorded for lower precisions.
+        thresholds: ``atol`` and ``rtol`` are the tolerances of fp32.
+
     Returns:
-        The samples with the reference's outputs, and the request bodies by path within the archive.
+        The samples, and the request bodies and expected outputs by path within the archive.
 
     Raises:
-        GateError: If the artifact does not repeat them: no worker would ever become ready with it.
+        GateError: If the artifact fails on one.
     """
-    firsts: list[LabelledRequest] = []
-    rest: list[LabelledRequest] = []
-    seen: set[str] = set()
-    for request in requests:
-        (rest if request.label in seen else firsts).append(request)
-        seen.add(request.label)
+    artifact = served.signature.artifact
+    exact = artifact is not None and artifact.precision == "fp32"
+    candidates = _candidates(requests, reference, served)
+    recorded = [candidate.expected if exact else candidate.actual for candidate in candidates]
+    atol = _tolerance(candidates, thresholds, exact=exact)
+    chosen = list(_clear(candidates, recorded, atol, thresholds.rtol, served))[:MAX_SAMPLES]
+    files: dict[str, bytes] = {}
     samples = []
-    files = {}
-    outputs = []
-    labels = []
-    for i, request in enumerate((firsts + rest)[:MAX_SAMPLES]):
-        output = reference.run(served.decode(request.parts()))[0]
-        name = f"golden/{i:03d}.{_EXTENSIONS[request.content_type]}"
-        files[name] = request.body
+    for number, (candidate, outputs, label) in enumerate(chosen):
+        stem = f"golden/{number:03d}"
+        body = f"{stem}.{_EXTENSIONS[candidate.request.content_type]}"
+        files[body] = candidate.request.body
+        paths = {}
+        for spec in served.signature.outputs:
+            paths[spec.name] = f"{stem}.{spec.name}.npy"
+            files[paths[spec.name]] = _npy(outputs[spec.name])
+        samples.append(GoldenSample(file=body, content_type=candidate.request.content_type, outputs=paths, label=label))
+    return GoldenSet(rtol=thresholds.rtol, atol=atol, samples=tuple(samples)), files
+
+
+def _candidates(requests: Sequence[LabelledRequest], reference: Reference, served: ServedModel) -> list[_Candidate]:
+    """The first requests of each class, then others, each answered alone as a worker will."""
+    candidates = []
+    for request in _classes_first(requests)[:_CANDIDATES]:
         (answer,) = served.answer([request.parts()])
         if answer.error is not None:
             raise GateError(f"the artifact fails on a golden sample, so there is no archive: {answer.error.message}")
-        outputs.append(answer.outputs[0])
-        labels.append(answer.body["label"])
-        samples.append(
-            GoldenSample(
-                file=name,
-                content_type=request.content_type,
-                output=tuple(round(float(value), _DECIMALS) for value in output),
-                label=served.signature.labels[int(output.argmax())],
-            )
-        )
-    golden = GoldenSet(
-        output_name=served.signature.outputs[0].name,
-        rtol=thresholds.rtol,
-        atol=thresholds.atol,
-        samples=tuple(samples),
-    )
-    try:
-        golden.check(outputs, labels)
-    except GoldenError as error:
-        raise GateError(f"the artifact does not repeat its golden samples, so there is no archive: {error}") from error
-    return golden, files
+        (expected,) = run_in_groups(reference, served.decode(request.parts()), served.signature)
+        label = answer.body["label"] if served.signature.labels else None
+        candidates.append(_Candidate(request=request, expected=expected, actual=answer.outputs[0], label=label))
+    return candidates
+
+
+def _classes_first(requests: Sequence[LabelledRequest]) -> list[LabelledRequest]:
+    firsts: list[LabelledRequest] = []
+    rest: list[LabelledRequest] = []
+    seen: set[int | None] = set()
+    for request in requests:
+        (rest if request.label in seen else firsts).append(request)
+        seen.add(request.label)
+    return firsts + rest
+
+
+def _tolerance(candidates: Sequence[_Candidate], thresholds: Thresholds, *, exact: bool) -> float:
+    """The absolute tolerance; see the module's docstring."""
+    pairs = [
+        (candidate.expected[name].astype(np.float64), candidate.actual[name].astype(np.float64))
+        for candidate in candidates
+        for name in candidate.expected
+        if candidate.expected[name].dtype.kind == "f" and candidate.expected[name].size
+    ]
+    if not pairs:
+        return 0.0
+    scale = max(float(np.sqrt(np.square(expected).mean())) for expected, _ in pairs)
+    if exact and thresholds.atol is not None:
+        return thresholds.atol * max(1.0, scale)
+    largest = max(float(np.abs(actual - expected).max()) for expected, actual in pairs)
+    return _rounded(max(2 * largest, _LEAST_NOISE * scale))
+
+
+def _rounded(value: float) -> float:
+    """Two digits: the rest would only differ from machine to machine."""
+    return float(f"{value:.1e}")
+
+
+def _clear(
+    candidates: Sequence[_Candidate], recorded: Sequence[Sample], atol: float, rtol: float, served: ServedModel
+) -> Iterator[tuple[_Candidate, Sample, str | None]]:
+    """The candidates whose label no rounding can flip; without labels, all.
+
+    Where no sample has a clear label, as with random weights, outputs alone are compared.
+    """
+    labels = served.signature.labels
+    pairs = list(zip(candidates, recorded, strict=True))
+    if not labels:
+        yield from ((candidate, outputs, None) for candidate, outputs in pairs)
+        return
+    name = served.signature.outputs[0].name
+    clear = [
+        (candidate, outputs, labels[int(outputs[name].argmax())])
+        for candidate, outputs in pairs
+        if margin(outputs[name]) > 2 * (atol + rtol * float(np.abs(outputs[name]).max()))
+    ]
+    yield from clear or ((candidate, outputs, None) for candidate, outputs in pairs)
+
+
+def _npy(values: Array) -> bytes:
+    """The bytes of a ``.npy`` file: no pickle, and the same for the same values."""
+    if values.dtype.kind == "f":
+        values = np.round(values.astype(np.float32), _DECIMALS) + np.float32(0)  # no negative zeros
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()

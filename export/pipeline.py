@@ -1,67 +1,65 @@
-"""The export: convert, check, pack. It either ends with an archive that passed every gate, or changes nothing."""
+"""The export: convert, check, pack. It either ends with an archive that passed every gate, or changes nothing.
+
+From a notebook or CI::
+
+    from pathlib import Path
+    from export.pipeline import ExportOptions, export_archive
+
+    report = export_archive(ExportOptions(source=Path("run"), name="tickets", format="onnx", precision="int8"))
+    print(report.archive, report.sha256)
+    for gate in report.gates:
+        print(gate.gate, gate.detail)
+
+A gate that fails raises :class:`export.errors.GateError`, whose ``gates`` are all results, and leaves the model store
+as it was. To look at an artifact without packing it, call ``prepare`` and ``convert_and_check``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
-from export.archive import ArchiveFiles, check_name, check_store, created_on, write_archive
-from export.checkpoint import Checkpoint, load_checkpoint
-from export.convert import METHODS, convert_in_fresh_process
-from export.errors import ConversionError, GateError
-from export.evaluation import LabelledRequest, load_evaluation, random_images
-from export.gates import GateResult, Reference, Thresholds, accuracy_gate, agreement_gate, parity_gate
+from export.archive import (
+    LICENCE_FILE,
+    MODEL_CARD_FILE,
+    PROVENANCE_FILE,
+    ArchiveFiles,
+    write_archive,
+)
+from export.candidate import Candidate, Prepared, Source, Step, convert_and_check, json_bytes, prepare
+from export.eager import SOURCE_FOLDER
+from export.errors import GateError
+from export.evaluation import random_requests
+from export.gates import GateResult
 from export.golden import MAX_SAMPLES, choose_golden
-from export.inputs import SEED, random_batch
-from export.provenance import PROVENANCE_FILE, build_provenance
+from export.options import ExportOptions, check_options, read_document, resolve_thresholds, source_of
+from export.provenance import build_provenance
+from export.signing import load_signer
+from export.staging import StagedFolder, write_staging
 from handlers.digests import file_sha256
-from handlers.errors import LoadError, RequestError
+from handlers.errors import GoldenError
 from handlers.golden import GOLDEN_FILE
 from handlers.model import DEFAULT_MAX_BATCH, SIGNATURE_FILE, ServedModel
-from handlers.signature import FORMATS, PRECISIONS
 
-# One, odd, and the largest: dynamic axes that were baked in fail on one of them.
-_PARITY_BATCHES = (1, 3, 7, DEFAULT_MAX_BATCH)
+__all__ = [
+    "Candidate",
+    "ExportOptions",
+    "ExportReport",
+    "Prepared",
+    "Source",
+    "convert_and_check",
+    "export_archive",
+    "pack",
+    "prepare",
+]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportOptions:
-    """What to export and how.
-
-    Attributes:
-        source: A run folder, a checkpoint, or a plain ``state_dict``.
-        format: One of :data:`handlers.signature.FORMATS`.
-        precision: One of :data:`handlers.signature.PRECISIONS`.
-        method: ``trace`` or ``script``; TorchScript only.
-        name: Model name of the archive.
-        version: Model version of the archive.
-        out: The model store.
-        factory: Import path of the module's factory, for a plain ``state_dict``.
-        signature_file: The signature, for a plain ``state_dict``.
-        evaluation: Folder of labelled images; None takes what the checkpoint names.
-        thresholds: Bounds of the gates.
-    """
-
-    source: Path
-    name: str
-    format: str = "torchscript"
-    precision: str = "fp32"
-    method: str = "trace"
-    version: str = "1.0"
-    out: Path = Path("model_store")
-    factory: str | None = None
-    signature_file: Path | None = None
-    evaluation: Path | None = None
-    thresholds: Thresholds = field(default_factory=Thresholds)
+_RUN_MODEL_CARD = "model_card.md"
+_DEVICE_TYPES = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,31 +67,34 @@ class ExportReport:
     """What came of an export.
 
     Attributes:
-        archive: The archive's path.
-        sha256: Digest of the whole archive.
-        bytes: Its size.
+        archive: The archive's path; None if only a folder was staged.
+        sha256: Digest of the whole archive; None if there is none.
+        bytes: Its size; of a staged folder, of all its files.
         gates: All results; all passed.
-        evaluated: Number of labelled samples that the gates used; 0 means random inputs only.
+        evaluated: Number of samples of evaluation data that the gates used; 0 means random inputs only.
+        staged: The staged folder; None if an archive was packed.
     """
 
-    archive: Path
-    sha256: str
+    archive: Path | None
+    sha256: str | None
     bytes: int
     gates: tuple[GateResult, ...]
     evaluated: int
+    staged: StagedFolder | None = None
 
     def to_document(self) -> dict[str, Any]:
         """The JSON form."""
         return {
-            "archive": str(self.archive),
+            "archive": None if self.archive is None else str(self.archive),
             "sha256": self.sha256,
             "bytes": self.bytes,
             "gates": [gate.to_document() for gate in self.gates],
             "evaluated": self.evaluated,
+            "staged": None if self.staged is None else self.staged.to_document(),
         }
 
 
-def export_archive(options: ExportOptions, *, step: Callable[[str], None] = lambda name: None) -> ExportReport:
+def export_archive(options: ExportOptions, *, step: Step = lambda name: None) -> ExportReport:
     """Export a checkpoint into an archive.
 
     Args:
@@ -101,130 +102,135 @@ def export_archive(options: ExportOptions, *, step: Callable[[str], None] = lamb
         step: Called with a few words when each step begins, for progress displays.
 
     Raises:
-        ExportError: If the input cannot be used, the model cannot be converted, or a gate fails. The model store is
-            then as it was before.
+        ExportError: If the input cannot be used, the model cannot be converted, or a gate fails (then a
+            :class:`~export.errors.GateError` with all results). The model store is then as it was before.
     """
-    _check_options(options)
+    check_options(options)
+    thresholds = resolve_thresholds(options, options.precision)
     step("reading the checkpoint")
-    checkpoint = load_checkpoint(options.source, factory=options.factory, signature_file=options.signature_file)
-    requests = load_evaluation(checkpoint.signature, folder=options.evaluation, source=checkpoint.evaluation)
+    prepared = prepare(source_of(options))
     with tempfile.TemporaryDirectory(prefix="torchport-export-") as temporary:
-        folder = Path(temporary)
-        step(f"converting to {options.format}")
-        artifact = convert_in_fresh_process(
-            options.source,
-            folder,
-            format=options.format,
+        candidate = convert_and_check(
+            prepared,
+            options.combination,
+            Path(temporary),
             method=options.method,
-            factory=options.factory,
-            signature_file=options.signature_file,
+            thresholds=thresholds,
+            allow_slower=options.allow_slower,
+            step=step,
         )
-        signature = checkpoint.signature.with_artifact(artifact)
-        _write_json(folder / SIGNATURE_FILE, signature.to_document())
-        step("comparing with the checkpoint")
-        served = _load_served(folder)
-        reference = Reference(checkpoint.module)
-        gates = _run_gates(checkpoint, reference, served, requests, options.thresholds)
-        _refuse_failures(gates, options.format)
-        step("packing")
-        golden_requests = requests or list(random_images(signature, MAX_SAMPLES, seed=SEED))
-        golden, bodies = choose_golden(golden_requests, reference, served, options.thresholds)
-        provenance = build_provenance(
-            checkpoint, artifact, file_sha256(folder / artifact.file), _method(options), gates
-        )
-        archive = write_archive(
-            ArchiveFiles(
-                artifact=folder / artifact.file,
-                documents={
-                    SIGNATURE_FILE: _json_bytes(signature.to_document()),
-                    PROVENANCE_FILE: _json_bytes(provenance),
-                    GOLDEN_FILE: _json_bytes(golden.to_document()),
-                    **bodies,
-                },
-                config=_serving_config(),
+        return pack(options, prepared, candidate, step=step)
+
+
+def pack(
+    options: ExportOptions, prepared: Prepared, candidate: Candidate, *, step: Step = lambda name: None
+) -> ExportReport:
+    """Pack a candidate that passed every gate.
+
+    Args:
+        options: Name, version, model store, documents and signing count here.
+        prepared: What the candidate was made of.
+        candidate: What ``convert_and_check`` gave.
+        step: Called with a few words when each step begins.
+
+    Raises:
+        GateError: If a gate has failed; nothing is written.
+        ArchiveError: If the archive cannot be written.
+    """
+    served = _require_passed(candidate)
+    step("choosing golden samples")
+    requests = prepared.requests or random_requests(candidate.signature, 4 * MAX_SAMPLES)
+    golden, bodies = choose_golden(requests, prepared.evidence.reference, served, candidate.thresholds)
+    bodies[GOLDEN_FILE] = json_bytes(golden.to_document())
+    _replay(served, bodies, candidate.folder)
+    step("packing")
+    files = ArchiveFiles(
+        artifact=candidate.folder / candidate.artifact.file,
+        documents={
+            SIGNATURE_FILE: json_bytes(candidate.signature.to_document()),
+            PROVENANCE_FILE: json_bytes(
+                build_provenance(prepared.checkpoint, candidate, evaluated=len(prepared.requests))
             ),
-            name=options.name,
-            version=options.version,
-            out=options.out,
-        )
+            **prepared.checkpoint.files,
+            **_sources(candidate),
+            **_documents(options),
+            **bodies,
+        },
+        config=serving_config(candidate.artifact.device),
+    )
+    return _write(options, files, candidate.gates, len(prepared.requests))
+
+
+def _write(options: ExportOptions, files: ArchiveFiles, gates: tuple[GateResult, ...], evaluated: int) -> ExportReport:
+    if options.staging_only:
+        staged = write_staging(files, name=options.name, version=options.version, out=options.out)
+        size = sum(path.stat().st_size for path in staged.path.rglob("*") if path.is_file())
+        return ExportReport(archive=None, sha256=None, bytes=size, gates=gates, evaluated=evaluated, staged=staged)
+    sign = None if options.signing_key is None else load_signer(options.signing_key)
+    archive = write_archive(files, name=options.name, version=options.version, out=options.out, sign=sign)
     return ExportReport(
         archive=archive,
         sha256=file_sha256(archive),
         bytes=archive.stat().st_size,
-        gates=tuple(gates),
-        evaluated=len(requests),
+        gates=gates,
+        evaluated=evaluated,
     )
 
 
-def _check_options(options: ExportOptions) -> None:
-    """Refuse what cannot work before any of the slow steps."""
-    for what, value, known in (
-        ("format", options.format, FORMATS),
-        ("precision", options.precision, PRECISIONS),
-        ("method", options.method, METHODS),
-    ):
-        if value not in known:
-            raise ConversionError(f"the {what} {value!r} is not known; choose one of: {', '.join(known)}")
-    check_name(options.name, "model name")
-    check_name(options.version, "model version")
-    check_store(options.out)
-    created_on()
+def _require_passed(candidate: Candidate) -> ServedModel:
+    refuse_failures(candidate.gates, str(candidate.combination))
+    if candidate.served is None:
+        raise GateError("the artifact was not loaded, so there is no archive", candidate.gates)
+    return candidate.served
 
 
-def _method(options: ExportOptions) -> str:
-    return options.method if options.format == "torchscript" else "dynamo"
+def refuse_failures(gates: Sequence[GateResult], what: str) -> None:
+    """Raise one error for all gates that failed.
 
-
-def _load_served(folder: Path) -> ServedModel:
-    try:
-        served = ServedModel.load(folder, threads=1)
-        served.warm_up()
-    except LoadError as error:
-        raise GateError(f"the artifact does not load, so there is no archive: {error}") from error
-    return served
-
-
-def _run_gates(
-    checkpoint: Checkpoint,
-    reference: Reference,
-    served: ServedModel,
-    requests: Sequence[LabelledRequest],
-    thresholds: Thresholds,
-) -> list[GateResult]:
-    batches = [random_batch(checkpoint.signature, size) for size in _PARITY_BATCHES]
-    gates = [parity_gate(reference, served, batches, thresholds)]
-    if requests:
-        # Noise alone hardly shows some faults: a transposed image of noise is noise.
-        real = _decoded_batches(served, requests)
-        gates.append(parity_gate(reference, served, real, thresholds, gate="parity on evaluation data"))
-        accuracy = checkpoint.metrics.get("accuracy")
-        gates.append(agreement_gate(reference, served, requests, thresholds))
-        gates.append(accuracy_gate(served, requests, accuracy, thresholds))
-    return gates
-
-
-def _decoded_batches(served: ServedModel, requests: Sequence[LabelledRequest]) -> list[NDArray[np.float32]]:
-    """The evaluation data as input batches; a request that is refused is for the agreement gate to report."""
-    samples = []
-    for request in requests:
-        with contextlib.suppress(RequestError):
-            samples.append(served.decode(request.parts()))
-    return [
-        np.concatenate(samples[start : start + DEFAULT_MAX_BATCH])
-        for start in range(0, len(samples), DEFAULT_MAX_BATCH)
-    ]
-
-
-def _refuse_failures(gates: Sequence[GateResult], format: str) -> None:
+    Raises:
+        GateError: If any did.
+    """
     failed = [f"{gate.gate}: {gate.detail}" for gate in gates if not gate.passed]
     if failed:
-        raise GateError(
-            f"the {format} artifact does not compute what the checkpoint computes, so there is no archive "
-            f"({'; '.join(failed)})"
-        )
+        share = f"{len(failed)} of {len(gates)} gates"
+        raise GateError(f"the {what} artifact fails {share}, so there is no archive ({'; '.join(failed)})", gates)
 
 
-def _serving_config() -> bytes:
+def _replay(served: ServedModel, bodies: Mapping[str, bytes], folder: Path) -> None:
+    """Answer the golden samples as a worker will when it starts."""
+    for name, content in bodies.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    try:
+        served.replay(folder)
+    except GoldenError as error:
+        raise GateError(f"the artifact does not repeat its golden samples, so there is no archive: {error}") from error
+
+
+def _sources(candidate: Candidate) -> dict[str, bytes]:
+    """The source files that build an eager artifact's module."""
+    root = candidate.folder
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted((root / SOURCE_FOLDER).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts  # what Python left there when the gates ran it
+    }
+
+
+def _documents(options: ExportOptions) -> dict[str, bytes]:
+    """What people want to read: model card and licence."""
+    documents = {}
+    card = options.model_card
+    if card is None and (options.source / _RUN_MODEL_CARD).is_file():
+        card = options.source / _RUN_MODEL_CARD
+    if card is not None:
+        documents[MODEL_CARD_FILE] = read_document(card)
+    if options.licence is not None:
+        documents[LICENCE_FILE] = read_document(options.licence)
+    return documents
+
+
+def serving_config(device: str) -> bytes:
     """The archive's defaults for TorchServe: safe everywhere, to be tuned by measurement."""
     config = {
         "minWorkers": 1,
@@ -235,15 +241,7 @@ def _serving_config() -> bytes:
         # In seconds. Any YAML pins both to 120 unless it says otherwise.
         "responseTimeout": 60,
         "startupTimeout": 300,
-        "deviceType": "cpu",
+        "deviceType": _DEVICE_TYPES[device],
         "torchport": {"threads": 1},
     }
     return yaml.safe_dump(config, sort_keys=False).encode()
-
-
-def _json_bytes(document: Any) -> bytes:
-    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write_json(path: Path, document: Any) -> None:
-    path.write_bytes(_json_bytes(document))

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import onnx
+import torch
+
+from export.candidate import Candidate
 from export.checkpoint import Checkpoint
 from export.gates import GateResult
-from handlers.signature import Artifact
+from handlers.digests import file_sha256
+from handlers.isa import cpu_isa
 
-PROVENANCE_FILE = "provenance.json"
-_PACKAGES = ("torchport", "torch", "numpy", "pillow", "onnx", "onnxscript", "torch-model-archiver", "torchserve")
+_PACKAGES = (
+    "torchport",
+    "torch",
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "onnx",
+    "onnxscript",
+    "torch-model-archiver",
+    "torchserve",
+)
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_SPEED = "speed"
 
 
 def package_versions() -> dict[str, str]:
@@ -28,14 +43,74 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def build_provenance(
-    checkpoint: Checkpoint, artifact: Artifact, artifact_sha256: str, method: str, gates: Sequence[GateResult]
-) -> dict[str, Any]:
-    """Collect the provenance of an archive as a JSON document."""
+def build_provenance(checkpoint: Checkpoint, candidate: Candidate, *, evaluated: int) -> dict[str, Any]:
+    """Collect the provenance of an archive as a JSON document.
+
+    Args:
+        checkpoint: What was exported.
+        candidate: What came of it, with all gates passed.
+        evaluated: Samples of evaluation data that the gates used.
+    """
+    artifact = candidate.artifact
+    file = candidate.folder / artifact.file
+    signature = candidate.signature
+    converted: dict[str, Any] = {
+        **artifact.to_document(),
+        "method": _method(candidate),
+        "sha256": file_sha256(file),
+        "shapes": {spec.name: list(spec.shape) for spec in (*signature.inputs, *signature.outputs)},
+        "axes": {name: axis.to_document() for name, axis in signature.axes.items()},
+    }
+    if artifact.format == "onnx":
+        converted["opsets"] = _opsets(file)
+    if candidate.calibration is not None:
+        converted["calibration"] = {
+            "sha256": candidate.calibration.sha256,
+            "samples": candidate.calibration.samples,
+        }
     return {
         "checkpoint": {"sha256": checkpoint.sha256, **checkpoint.record, "metrics": checkpoint.metrics},
         "model": {"factory": checkpoint.factory, "config": checkpoint.config},
-        "artifact": {**artifact.to_document(), "method": method, "sha256": artifact_sha256},
-        "gates": [gate.to_document() for gate in gates],
+        "artifact": converted,
+        "gates": [_recorded(gate) for gate in candidate.gates],
+        "thresholds": candidate.thresholds.to_document(),
+        "evaluated": evaluated,
+        "machine": _machine(artifact.device),
         "versions": package_versions(),
     }
+
+
+def _method(candidate: Candidate) -> str:
+    if candidate.combination.format == "torchscript":
+        return candidate.method
+    return {"onnx": "dynamo", "pt2": "aot-inductor", "eager": "state-dict"}[candidate.combination.format]
+
+
+def _opsets(file: Path) -> dict[str, int]:
+    """Versions of the operator sets that a graph uses, by domain."""
+    graph = onnx.load(file, load_external_data=False)
+    return {
+        entry.domain or "ai.onnx": entry.version for entry in sorted(graph.opset_import, key=lambda one: one.domain)
+    }
+
+
+def _recorded(gate: GateResult) -> dict[str, Any]:
+    """A gate as archives keep it.
+
+    Times differ from run to run, and the same inputs must give the same bytes: of an artifact that is fast enough,
+    only that is kept. One that is slower, and was allowed to be, is worth the ratio.
+    """
+    document = gate.to_document()
+    if gate.gate == _SPEED and gate.measured is not None and gate.bound is not None and gate.measured <= gate.bound:
+        return {**document, "measured": None, "detail": "at least as fast as fp32 on the exporting machine"}
+    return document
+
+
+def _machine(device: str) -> dict[str, str]:
+    """What the gates ran on: its rounding is in the golden samples."""
+    machine = {"isa": cpu_isa()}
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["compute_capability"] = f"{major}.{minor}"
+    return machine

@@ -36,7 +36,7 @@ MALFORMED_SHARE = 0.05
 @pytest.fixture(scope="module")
 def held_out(run_folder: Path) -> list[LabelledRequest]:
     checkpoint = load_checkpoint(run_folder)
-    return load_evaluation(checkpoint.signature, folder=None, source=checkpoint.evaluation)
+    return load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)
 
 
 def in_process_labels(archive: Path, requests: list[LabelledRequest], folder: Path) -> list[str]:
@@ -63,7 +63,7 @@ def test_held_out_accuracy_is_the_same_over_http(
     assert {response.status_code for response in responses} == {200}
     labels = [response.json()["label"] for response in responses]
     assert labels == in_process_labels(archives[format], held_out, tmp_path)
-    right = sum(label == request.label for label, request in zip(labels, held_out, strict=True))
+    right = sum(label == str(request.label) for label, request in zip(labels, held_out, strict=True))
     assert right / len(held_out) >= 0.98
 
 

@@ -179,7 +179,7 @@ def served_signature(signature):
 
 
 class FakeBackend:
-    """Computes logits from a function of one sample; counts its batches."""
+    """Computes logits from a function of one image; counts its batches."""
 
     device = "cpu"
 
@@ -188,8 +188,9 @@ class FakeBackend:
         self.batch_sizes = []
 
     def run(self, batch):
-        self.batch_sizes.append(len(batch))
-        return np.stack([self._compute(sample) for sample in batch]).astype(np.float32)
+        images = batch["image"]
+        self.batch_sizes.append(len(images))
+        return {"logits": np.stack([self._compute(image) for image in images]).astype(np.float32)}
 
 
 @pytest.fixture

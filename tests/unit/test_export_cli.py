@@ -50,7 +50,7 @@ def test_a_run_folder_becomes_an_archive_named_after_it_with_the_same_bytes_as_e
     document = last_json(run("export", run_folder, "--eval", evaluation_folder, "--out", store, "--json"))
     assert document["ok"] is True
     assert document["archive"] == str(store / "brightness.mar")
-    assert [gate["passed"] for gate in document["gates"]] == [True] * 4
+    assert [gate["passed"] for gate in document["gates"]] == [True] * 10
     assert document["evaluated"] == 12
     assert (store / "brightness.mar").read_bytes() == archive.read_bytes()
     assert [path.name for path in store.iterdir()] == ["brightness.mar"]
@@ -86,9 +86,16 @@ def test_a_state_dict_needs_its_factory_and_signature_and_says_that_data_is_miss
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "pt3"], "the format 'pt3' is not known; choose one of: torchscript, onnx"),
-        (["--precision", "fp8"], "the precision 'fp8' is not known; choose one of: fp32"),
+        (["--format", "pt3"], "the format 'pt3' is not known; choose one of: torchscript, onnx, pt2, eager"),
+        (["--precision", "fp8"], "the precision 'fp8' is not known; choose one of: fp32, bf16, fp16, int8"),
         (["--method", "guess"], "the method 'guess' is not known; choose one of: trace, script"),
+        (["--device", "tpu"], "the device 'tpu' is not known; choose one of: cpu, cuda"),
+        (["--format", "onnx", "--precision", "bf16"], "bf16 ONNX is not offered"),
+        (["--columns", "a,b,c"], "the columns 'a,b,c' are not usable; write TEXT,LABEL"),
+        (["--thresholds", "nowhere.yaml"], "the thresholds nowhere.yaml cannot be read: No such file"),
+        (["--config", "nowhere.yaml"], "the configuration nowhere.yaml cannot be read: No such file"),
+        (["--licence", "nowhere"], "nowhere cannot be read: No such file"),
+        (["--staging-only", "--sign", "key"], "a staged folder is no archive yet"),
         (["--name", "a/b"], "the model name 'a/b' is not usable"),
         (["--eval", "nowhere"], "there is no folder nowhere"),
         (["--signature", "nowhere.yaml"], "the signature nowhere.yaml cannot be read: No such file"),
@@ -99,6 +106,52 @@ def test_a_bad_option_gives_one_sentence(run_folder: Path, tmp_path: Path, argum
     result = run("export", run_folder, "--out", tmp_path / "store", *arguments)
     assert sentence(result).startswith(f"Error: {message}")
     assert not (tmp_path / "store").exists()
+
+
+def test_gates_that_fail_are_shown_with_those_that_passed(
+    run_folder: Path, evaluation_folder: Path, tmp_path: Path
+) -> None:
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("noise: 0\nrandom_noise: 0\n")
+    arguments = ["--eval", evaluation_folder, "--out", tmp_path / "store", "--thresholds", strict]
+    result = run("export", run_folder, "--format", "onnx", *arguments, "--json")
+    assert sentence(result).startswith("Error: the onnx fp32 on cpu artifact fails ")
+    assert "failed" in result.stderr
+    assert "passed" in result.stderr
+    document = json.loads(result.stdout.strip().splitlines()[-1])
+    assert document["ok"] is False
+    assert document["error"]["type"] == "GateError"
+    assert {gate["gate"] for gate in document["gates"] if not gate["passed"]} <= {"noise", "noise on evaluation data"}
+    assert len(document["gates"]) == 10
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_staged_folder_names_the_command_that_packs_it(
+    run_folder: Path, evaluation_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["--eval", evaluation_folder, "--out", tmp_path / "store", "--staging-only"]
+    result = run("export", run_folder, *arguments, "--json")
+    document = last_json(result)
+    assert document["archive"] is None
+    assert "torch-model-archiver --model-name brightness" in result.stdout
+    assert document["staged"]["command"] in result.stdout
+
+
+def test_arguments_of_the_factory_come_from_a_file(
+    module: torch.nn.Module, signature_document: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("in_channels: 1\nnum_classes: 3\nwidths: [4]\n")
+    (tmp_path / "signature.json").write_text(json.dumps(signature_document))
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    document = last_json(
+        run(
+            *("export", tmp_path / "weights.pt", "--model", "models.convnet:build_conv_classifier"),
+            *("--config", tmp_path / "config.yaml", "--signature", tmp_path / "signature.json"),
+            *("--out", tmp_path / "store", "--json"),
+        )
+    )
+    provenance = open_archive(Path(document["archive"])).read_json("provenance.json")
+    assert provenance["model"]["config"] == {"in_channels": 1, "num_classes": 3, "widths": [4]}
 
 
 def test_a_missing_and_a_corrupt_checkpoint_give_one_sentence(run_folder: Path, tmp_path: Path) -> None:

@@ -1,113 +1,146 @@
-"""Golden samples: a few of every class, with the checkpoint's answers, which the artifact must repeat."""
+"""Golden samples: a few of every class, with answers that the artifact repeats and that no rounding flips."""
 
-from collections.abc import Callable, Iterator
+import io
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from export.errors import GateError
-from export.evaluation import LabelledRequest, load_evaluation, random_images
-from export.gates import Reference, Thresholds
+from export.evaluation import LabelledRequest, load_evaluation, random_requests
 from export.golden import MAX_SAMPLES, choose_golden
+from export.reference import Reference
+from export.thresholds import Thresholds
 from handlers.golden import GoldenSet
 from handlers.model import ServedModel
 from handlers.signature import Signature
+from handlers.tensors import Array
 
-Batch = NDArray[np.float32]
+FP32, INT8 = Thresholds.of("fp32"), Thresholds.of("int8")
+Change = Callable[[Array], Array]
 
 
 class Altered:
-    """The module's own outputs, altered."""
+    """The module's own logits, altered."""
 
     device = "cpu"
 
-    def __init__(self, module: torch.nn.Module, change: Callable[[Batch], Batch] = lambda output: output) -> None:
-        self._reference = Reference(module)
+    def __init__(self, reference: Reference, change: Change) -> None:
+        self._reference = reference
         self._change = change
 
-    def run(self, batch: Batch) -> Batch:
-        return self._change(self._reference.run(batch))
+    def run(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: self._change(values) for name, values in self._reference.run(batch).items()}
 
 
 @pytest.fixture
 def requests(signature: Signature, evaluation_folder: Path) -> list[LabelledRequest]:
-    return load_evaluation(signature, folder=evaluation_folder, source=None)
+    return load_evaluation(signature, data=evaluation_folder, source=None)
 
 
 @pytest.fixture
-def served(module: torch.nn.Module, served_signature: Signature) -> ServedModel:
-    return ServedModel(served_signature, Altered(module))
-
-
 def choose(
-    requests: list[LabelledRequest], module: torch.nn.Module, served: ServedModel
-) -> tuple[GoldenSet, dict[str, bytes]]:
-    return choose_golden(requests, Reference(module), served, Thresholds())
+    module: torch.nn.Module, served_signature: Signature
+) -> Callable[..., tuple[GoldenSet, dict[str, bytes], ServedModel]]:
+    def choose(
+        requests: list[LabelledRequest], precision: str = "fp32", change: Change = lambda logits: logits
+    ) -> tuple[GoldenSet, dict[str, bytes], ServedModel]:
+        artifact = served_signature.artifact
+        assert artifact is not None
+        signature = served_signature.with_artifact(replace(artifact, precision=precision))
+        reference = Reference.of(module, signature)
+        served = ServedModel(signature, Altered(reference, change))
+        return *choose_golden(requests, reference, served, Thresholds.of(precision)), served
+
+    return choose
 
 
-def test_the_first_of_each_class_come_first(
-    requests: list[LabelledRequest], module: torch.nn.Module, served: ServedModel
-) -> None:
-    golden, files = choose(requests * 2, module, served)
-    assert len(golden.samples) == len(files) == MAX_SAMPLES
+def recorded(golden: GoldenSet, files: dict[str, bytes]) -> list[Array]:
+    return [np.load(io.BytesIO(files[sample.outputs["logits"]]), allow_pickle=False) for sample in golden.samples]
+
+
+def test_the_first_of_each_class_come_first(requests: list[LabelledRequest], choose: Callable[..., tuple]) -> None:
+    golden, files, _ = choose(requests * 2)
+    assert len(golden.samples) == MAX_SAMPLES
     # The folder is sorted by class: bright, dark, mid, four images each.
     assert [sample.label for sample in golden.samples[:5]] == ["bright", "dark", "mid", "bright", "bright"]
-    assert list(files) == [sample.file for sample in golden.samples]
     assert files["golden/001.png"] == requests[4].body
+    assert golden.samples[1].outputs == {"logits": "golden/001.logits.npy"}
+    assert len(files) == 2 * MAX_SAMPLES
 
 
-def test_they_hold_the_outputs_of_the_checkpoint(
-    requests: list[LabelledRequest], module: torch.nn.Module, served: ServedModel
+def test_fp32_records_the_checkpoints_outputs(
+    requests: list[LabelledRequest], module: torch.nn.Module, choose: Callable[..., tuple]
 ) -> None:
-    golden, _ = choose(requests[:1], module, served)
-    expected = Reference(module).run(served.decode(requests[0].parts()))[0]
-    assert golden.samples[0].output == pytest.approx(expected, abs=1e-6)
-    assert (golden.output_name, golden.atol, golden.rtol) == ("logits", 1e-4, 1e-3)
-    assert GoldenSet.from_document(golden.to_document(), "logits") == golden
+    golden, files, served = choose(requests[:1], "fp32", lambda logits: logits + np.float32(2e-5))
+    batch = {"image": served.decode(requests[0].parts())[0]["image"][np.newaxis]}
+    expected = Reference.of(module, served.signature).run(batch)["logits"][0]
+    (values,) = recorded(golden, files)
+    assert values.dtype == np.float32
+    assert values == pytest.approx(expected, abs=1e-6)
+    assert golden.rtol == 1e-3
+    assert golden.atol == pytest.approx(1e-4 * max(1.0, float(np.sqrt(np.square(expected).mean()))), rel=1e-3)
+    assert GoldenSet.from_document(golden.to_document()) == golden
 
 
-def test_random_images_serve_where_there_are_no_others(
-    signature: Signature, module: torch.nn.Module, served: ServedModel
+def test_lower_precisions_record_the_artifacts_outputs_with_twice_their_distance(
+    requests: list[LabelledRequest], choose: Callable[..., tuple]
 ) -> None:
-    images: Iterator[LabelledRequest] = random_images(signature, MAX_SAMPLES, seed=0)
-    golden, _ = choose(list(images), module, served)
-    assert len({sample.output for sample in golden.samples}) == MAX_SAMPLES
-    assert all(sample.label in signature.labels for sample in golden.samples)
+    shift = np.float32([0.02, 0.0, -0.01])
+    golden, files, served = choose(requests, "int8", lambda logits: logits + shift)
+    assert golden.atol == pytest.approx(0.04, rel=0.05)
+    for sample, values in zip(golden.samples, recorded(golden, files), strict=True):
+        (answer,) = served.answer([[*LabelledRequest(body=files[sample.file], content_type="image/png").parts()]])
+        assert values == pytest.approx(answer.outputs[0]["logits"], abs=1e-6)
 
 
-def test_a_jpeg_stays_a_jpeg(encode: Callable[..., bytes], module: torch.nn.Module, served: ServedModel) -> None:
+def test_samples_whose_label_rounding_could_flip_are_left_out(
+    requests: list[LabelledRequest], choose: Callable[..., tuple]
+) -> None:
+    everything, _, _ = choose(requests, "int8")
+    noisy, files, _ = choose(requests, "int8", lambda logits: logits + np.float32([0.08, 0, -0.08]))
+    assert 0 < len(noisy.samples) < len(everything.samples)
+    for values in recorded(noisy, files):
+        second, first = np.sort(values)[-2:]
+        assert first - second > 2 * noisy.atol
+
+
+def test_without_a_clear_label_outputs_alone_are_compared(
+    requests: list[LabelledRequest], choose: Callable[..., tuple]
+) -> None:
+    golden, _, _ = choose(requests, "int8", lambda logits: logits * np.float32(1e-9))
+    assert [sample.label for sample in golden.samples] == [None] * 12
+
+
+def test_random_requests_serve_where_there_are_no_others(
+    signature: Signature, choose: Callable[..., tuple], tmp_path: Path
+) -> None:
+    golden, files, served = choose(random_requests(signature, 64))
+    assert len(golden.samples) == MAX_SAMPLES
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "golden/expected.json").write_text(json.dumps(golden.to_document()))
+    assert served.replay(tmp_path) < 1e-4
+
+
+def test_a_jpeg_stays_a_jpeg(encode: Callable[..., bytes], choose: Callable[..., tuple]) -> None:
     body = encode(np.full((8, 8), 250, dtype=np.uint8), format="JPEG")
-    golden, files = choose([LabelledRequest(body=body, content_type="image/jpeg", label="bright")], module, served)
-    assert files == {"golden/000.jpg": body}
+    golden, files, _ = choose([LabelledRequest(body=body, content_type="image/jpeg", label=2)])
+    assert files["golden/000.jpg"] == body
     assert golden.samples[0].content_type == "image/jpeg"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda output: output + np.float32(0.01), r"golden/000\.png: the output differs from the checkpoint's"),
-        (lambda output: output * np.nan, r"fails on a golden sample"),
-    ],
-)
-def test_an_artifact_that_does_not_repeat_them_is_refused(
-    requests: list[LabelledRequest],
-    module: torch.nn.Module,
-    served_signature: Signature,
-    change: Callable[[Batch], Batch],
-    message: str,
-) -> None:
-    served = ServedModel(served_signature, Altered(module, change))
-    with pytest.raises(GateError, match=message):
-        choose(requests, module, served)
+def test_the_same_answers_give_the_same_bytes(requests: list[LabelledRequest], choose: Callable[..., tuple]) -> None:
+    assert choose(requests)[1] == choose(requests, "fp32", lambda logits: logits * np.float32(1 - 1e-9))[1]
 
 
-def test_labels_in_another_order_are_refused(
-    requests: list[LabelledRequest], module: torch.nn.Module, served_signature: Signature
+def test_an_artifact_that_fails_on_one_is_refused(
+    requests: list[LabelledRequest], choose: Callable[..., tuple]
 ) -> None:
-    served = ServedModel(replace(served_signature, labels=("x", "y", "z")), Altered(module, lambda o: o[:, ::-1]))
-    with pytest.raises(GateError, match="does not repeat its golden samples, so there is no archive"):
-        choose(requests, module, served)
+    with pytest.raises(GateError, match="the artifact fails on a golden sample"):
+        choose(requests, "fp32", lambda logits: logits * np.nan)

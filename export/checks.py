@@ -1,0 +1,178 @@
+"""All checks of an artifact against its checkpoint, on random inputs and on evaluation data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from export.cases import MAX_POSITIONS, random_cases
+from export.errors import ExportError
+from export.evaluation import LabelledRequest
+from export.gates import Comparison, GateResult
+from export.inputs import SEED, random_samples
+from export.reference import Reference
+from export.task_gates import task_gates
+from export.thresholds import Thresholds
+from handlers import batching
+from handlers.errors import RequestError, one_line
+from handlers.model import ServedModel
+from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
+
+_PADDED_SAMPLES = 32
+# Of the checkpoint's own model: eager float32 differs by 1e-6 between batches of other shapes.
+_INVARIANT = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What an artifact is held against.
+
+    Attributes:
+        reference: The checkpoint's own answers.
+        requests: Evaluation data; may be empty.
+        trained: What training measured: ``accuracy`` and ``loss``; empty when unknown.
+        own_data: Whether ``requests`` are the very samples that training measured on.
+    """
+
+    reference: Reference
+    requests: Sequence[LabelledRequest] = ()
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    own_data: bool = False
+
+
+def check_artifact(served: ServedModel, evidence: Evidence, thresholds: Thresholds) -> list[GateResult]:
+    """Run every gate; the results come together, whatever fails.
+
+    Raises:
+        CheckpointError: If the checkpoint's own model fails.
+        EvaluationError: If a request of the evaluation data is not valid.
+    """
+    checks: list[tuple[str, Callable[[], list[GateResult]]]] = [
+        ("random inputs", lambda: random_gates(served, evidence, thresholds)),
+        ("padding", lambda: padding_gates(served, evidence, thresholds)),
+    ]
+    if evidence.requests:
+        checks.append(
+            (
+                "evaluation data",
+                lambda: task_gates(
+                    served,
+                    evidence.reference,
+                    evidence.requests,
+                    thresholds,
+                    trained=evidence.trained,
+                    own_data=evidence.own_data,
+                ),
+            )
+        )
+    return [result for name, check in checks for result in _guarded(name, check)]
+
+
+def _guarded(name: str, check: Callable[[], list[GateResult]]) -> list[GateResult]:
+    try:
+        return check()
+    except ExportError:
+        raise
+    except Exception as error:  # a comparison that crashes is a comparison that fails
+        detail = f"the comparison itself fails: {type(error).__name__}: {one_line(error)}"
+        return [GateResult(gate=name, passed=False, detail=detail)]
+
+
+def random_gates(served: ServedModel, evidence: Evidence, thresholds: Thresholds) -> list[GateResult]:
+    """Compare on random inputs of every shape that the signature allows."""
+    signature = served.signature
+    noise = thresholds.random_noise if evidence.requests else min(thresholds.random_noise, 2 * thresholds.noise)
+    comparison = Comparison(signature, thresholds, noise=noise, ranked=bool(signature.labels))
+    for case in random_cases(signature):
+        batch = batching.stack(case.samples, signature)
+        expected = evidence.reference.run(batch)
+        actual = run_artifact(served, batch, comparison, case.name)
+        if actual is not None:
+            comparison.add(case.name, case.samples, expected, actual)
+    ranking = comparison.ranking_gate("top-1 on random inputs")
+    return [*comparison.results(), *([ranking] if ranking is not None else [])]
+
+
+def run_artifact(
+    served: ServedModel, batch: TensorBatch, comparison: Comparison, case: str
+) -> Mapping[str, Array] | None:
+    """The artifact's outputs; None, and a fault of the comparison, if it crashes."""
+    try:
+        return served.backend.run(batch)
+    except Exception as error:  # runtimes raise types of their own
+        comparison.fail(f"the artifact fails ({case}): {one_line(error)}")
+        return None
+
+
+def padding_gates(served: ServedModel, evidence: Evidence, thresholds: Thresholds) -> list[GateResult]:
+    """Whether a sample's answer depends on the company that it keeps: each alone, against its row in a padded batch."""
+    signature = served.signature
+    if not can_pad(signature):
+        return []
+    samples = _samples_to_pad(served, evidence)
+    batch = batching.stack(samples, signature)
+
+    def compare(who: str, run: Callable[[TensorBatch], Mapping[str, Array]], bound: float) -> Comparison:
+        comparison = Comparison(signature, thresholds, noise=bound, expected=f"{who} alone", actual=f"{who} in a batch")
+        try:
+            padded = run(batch)
+            alone = [run(batching.stack([sample], signature)) for sample in samples]
+            comparison.add_rows(
+                "padded",
+                [batching.split(one, [sample], signature)[0] for one, sample in zip(alone, samples, strict=True)],
+                batching.split(padded, samples, signature),
+            )
+        except ExportError:
+            raise
+        except Exception as error:  # runtimes raise types of their own
+            comparison.fail(f"{who} fails: {one_line(error)}")
+        return comparison
+
+    return [
+        _padding_gate(
+            "padding of the checkpoint",
+            compare("the checkpoint's own model", evidence.reference.run, _INVARIANT),
+            "the checkpoint's own model answers otherwise when a sample shares a batch with longer ones: mask padding "
+            "in the model, or remove `padding` from the signature, so that only samples of one size share a batch",
+        ),
+        _padding_gate(
+            "padding",
+            compare("the artifact", served.backend.run, 2 * thresholds.noise),
+            "the artifact answers otherwise when a sample shares a batch with longer ones",
+        ),
+    ]
+
+
+def can_pad(signature: Signature) -> bool:
+    """Whether samples of different sizes may share a batch."""
+    return bool(signature.axes) and all(spec.padding is not None for spec in signature.inputs if spec.dynamic_axes)
+
+
+def _padding_gate(gate: str, comparison: Comparison, failure: str) -> GateResult:
+    outputs = comparison.outputs_gate(gate)
+    if not outputs.passed:
+        return outputs
+    result = comparison.noise_gate(gate) or comparison.equality_gate(gate) or outputs
+    if result.passed:
+        return result
+    return GateResult(
+        gate=gate, passed=False, measured=result.measured, bound=result.bound, detail=f"{failure}; {result.detail}"
+    )
+
+
+def _samples_to_pad(served: ServedModel, evidence: Evidence) -> list[TensorBatch]:
+    """Random samples, the shortest and the longest among them, and some of the evaluation data."""
+    signature = served.signature
+    samples = random_samples(signature, _PADDED_SAMPLES // 2, seed=SEED + 2)
+    for request in evidence.requests[: _PADDED_SAMPLES - len(samples)]:
+        try:
+            samples.extend(served.decode(request.parts()))
+        except RequestError:  # for the gates of the evaluation data to report
+            continue
+    longest = 1
+    for axis in signature.axes.values():
+        longest *= axis.maximum
+    # The shortest and the longest random sample come first, and stay.
+    return samples[: max(2, min(len(samples), MAX_POSITIONS // longest))]
