@@ -105,6 +105,7 @@ class Candidate:
         thresholds: What it was held against.
         gates: All results.
         calibration: What ranges were measured on; None if none were.
+        allow_slower: Whether it might be slower than fp32.
     """
 
     combination: Combination
@@ -116,6 +117,7 @@ class Candidate:
     thresholds: Thresholds
     gates: tuple[GateResult, ...]
     calibration: Calibration | None = None
+    allow_slower: bool = False
 
     @property
     def passed(self) -> bool:
@@ -202,6 +204,7 @@ def convert_and_check(
         thresholds=thresholds,
         gates=tuple(gates),
         calibration=calibration,
+        allow_slower=allow_slower,
     )
 
 

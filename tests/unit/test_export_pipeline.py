@@ -503,7 +503,7 @@ class TestLowerPrecision:
         assert (speed["measured"], speed["detail"]) == (None, "at least as fast as fp32 on the exporting machine")
         assert [gate.measured for gate in report.gates if gate.gate == "speed"] == [0.7]
 
-    def test_a_slower_artifact_is_refused_and_with_leave_keeps_its_ratio(
+    def test_a_slower_artifact_is_refused_and_with_leave_says_that_it_may_be(
         self,
         module: torch.nn.Module,
         module_is: Callable[[torch.nn.Module], None],
@@ -515,13 +515,14 @@ class TestLowerPrecision:
         measured(1.5)
         said = refused(options(precision="bf16"))
         assert "speed: 0.67 times as fast as fp32" in said
-        export_archive(options(name="slow", precision="bf16", allow_slower=True))
+        report = export_archive(options(name="slow", precision="bf16", allow_slower=True))
+        assert [gate.measured for gate in report.gates if gate.gate == "speed"] == [1.5]
         (speed,) = [
             gate
             for gate in open_archive(store / "slow.mar").read_json("provenance.json")["gates"]
             if gate["gate"] == "speed"
         ]
-        assert (speed["measured"], speed["passed"]) == (1.5, True)
+        assert (speed["measured"], speed["passed"], speed["detail"]) == (None, True, "might be slower than fp32")
 
 
 class TestDocuments:
