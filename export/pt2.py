@@ -27,6 +27,10 @@ from handlers.isa import cpu_isa, cuda_capability
 from handlers.signature import Signature
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+# PyTorch chooses a convolution by whether the batch is below 16, and the code would hold for that side only: smaller
+# examples gave packages that refuse 16 samples, while larger ones give packages that take one as well. A prime, so that
+# it is the size of no other axis.
+_EXAMPLE_BATCH = 37
 
 
 def write_pt2(
@@ -49,7 +53,7 @@ def write_pt2(
         Exception: Whatever the compiler says about the module.
     """
     compiler = _find_compiler()
-    program = export_program(module, signature, example)
+    program = export_program(module, signature, [_repeated(tensor, _EXAMPLE_BATCH) for tensor in example])
     with tempfile.TemporaryDirectory(prefix="torchport-pt2-") as temporary:
         folder = Path(temporary)
         if any(character.isspace() for character in temporary):
@@ -78,6 +82,12 @@ def write_pt2(
     requires = {"torch": str(torch.__version__), "isa": cpu_isa()}
     capability = cuda_capability() if device == "cuda" else None
     return {**requires, "compute_capability": capability} if capability else requires
+
+
+def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """The samples over and over again, up to a batch of that size."""
+    times = -(-batch // len(tensor))
+    return torch.cat([tensor] * times)[:batch].contiguous()
 
 
 def _find_compiler() -> str:

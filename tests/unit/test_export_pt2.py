@@ -77,3 +77,21 @@ def test_a_temporary_folder_with_a_space_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a b"))
     with pytest.raises(ConversionError, match="set TMPDIR to one without"):
         convert(Pooled().eval(), SIGNATURE, tmp_path, combination=PT2)
+
+
+def test_a_convolution_takes_batches_on_both_sides_of_where_pytorch_changes_its_kernel(tmp_path: Path) -> None:
+    signature = Signature.from_document(
+        {
+            "format_version": 1,
+            "task": "tensor",
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 1, 4, 4]}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 2, 4, 4]}],
+        }
+    )
+    module = nn.Conv2d(1, 2, 3, padding=1).eval()
+    artifact = convert(module, signature, tmp_path, combination=Combination(format="pt2", precision="fp32"))
+    backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
+    for size in (1, 2, 15, 16, 17, 40):
+        batch = random_batch(signature, size)
+        expected = module(torch.from_numpy(batch["x"])).detach().numpy()
+        np.testing.assert_allclose(backend.run(batch)["y"], expected, rtol=1e-4, atol=1e-5)
