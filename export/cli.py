@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, checkpoint or weights.")],
     format: Annotated[
-        str, typer.Option(help="Artifact format: torchscript, onnx, pt2 (AOTInductor) or eager.")
-    ] = "torchscript",
-    precision: Annotated[str, typer.Option(help="Number format: fp32, bf16, fp16 (GPUs) or int8.")] = "fp32",
+        str | None,
+        typer.Option(
+            help="Artifact format: torchscript, onnx, pt2 (AOTInductor) or eager.",
+            show_default="torchscript; all with --matrix",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Number format: fp32, bf16, fp16 (GPUs) or int8.", show_default="fp32; all with --matrix"),
+    ] = None,
     method: Annotated[str, typer.Option(help="How TorchScript is made: trace or script.")] = "trace",
     device: Annotated[str, typer.Option(help="Where the model is checked and served: cpu or cuda.")] = "cpu",
     name: Annotated[str | None, typer.Option(help="Model name.", show_default="the run's folder name")] = None,
@@ -83,26 +91,37 @@ def export(
         typer.Option("--staging-only", help="Leave a folder and the torch-model-archiver command that packs it."),
     ] = False,
     sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Private key (PEM) that signs the archive.")] = None,
+    matrix: Annotated[
+        bool,
+        typer.Option("--matrix", help="Make every combination of format and precision, side by side; pack nothing."),
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Make the matrix, and pack the fastest combination that passes.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the matrix's report.", show_default="reports/NAME-matrix"),
+    ] = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint, compare the artifact with it, and pack an archive only if they agree."""
-    from export.errors import CheckpointError, GateError  # noqa: PLC0415
+    from export.errors import ExportError, GateError  # noqa: PLC0415
     from export.pipeline import ExportOptions, export_archive  # noqa: PLC0415  # torch takes seconds to import
     from export.table import Columns  # noqa: PLC0415
-    from export.yaml_file import read_settings  # noqa: PLC0415
+    from export.yaml_file import read_arguments  # noqa: PLC0415
 
     if model is not None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` does: the user's package often lies where they stand
     options = ExportOptions(
         source=source,
-        format=format,
-        precision=precision,
+        format=format or "torchscript",
+        precision=precision or "fp32",
         method=method,
         device=device,
-        name=name or (source.resolve().name if source.is_dir() else source.stem),
+        name=(source.resolve().name if source.is_dir() else source.stem) if name is None else name,
         version=version,
         out=out,
         factory=model,
-        factory_config=None if config is None else read_settings(config, "the configuration", CheckpointError),
+        factory_config=None if config is None else read_arguments(config),
         signature_file=signature,
         evaluation=eval,
         calibration=calibration,
@@ -114,18 +133,31 @@ def export(
         staging_only=staging_only,
         signing_key=sign,
     )
+    if matrix or best:
+        from export.matrix_cli import export_matrix  # noqa: PLC0415  # matplotlib takes half a second to import
+
+        return export_matrix(
+            replace(options, format="torchscript", precision="fp32"),
+            formats=() if format is None else (format,),
+            precisions=() if precision is None else (precision,),
+            best=best,
+            report=report,
+            say=_say_what_was_written,
+        )
+    if report is not None:
+        raise ExportError("--report is where --matrix and --best put their page; give one of them, or leave it")
     title = f"{options.name} {version}: {options.combination}"
     try:
         with Console(stderr=True).status("starting") as status:
-            report = export_archive(options, step=status.update)
+            written = export_archive(options, step=status.update)
     except GateError as error:
         if error.gates:
             Console(stderr=True).print(_gate_table(error.gates, title))
         raise
     console = Console()
-    console.print(_gate_table(report.gates, title))
-    _say_what_was_written(console, report)
-    return {"ok": True, **report.to_document()}
+    console.print(_gate_table(written.gates, title))
+    _say_what_was_written(console, written)
+    return {"ok": True, **written.to_document()}
 
 
 def _gate_table(gates: Sequence[GateResult], title: str) -> Table:

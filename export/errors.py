@@ -6,6 +6,7 @@ ExportError
 ├── ThresholdError      a file of thresholds cannot be used
 ├── ConversionError     the model cannot be turned into the format asked for
 ├── GateError           the artifact does not compute what the checkpoint computes; no archive is written
+├── MeasurementError    an artifact cannot be measured, or the measurements cannot be written
 ├── ArchiveError        an archive cannot be written, or is not what its export wrote
 └── SigningError        an archive cannot be signed, or does not have the signature that it must have
 """
@@ -56,6 +57,10 @@ class GateError(ExportError):
     def to_document(self) -> dict[str, Any]:
         """What ``--json`` adds to the error."""
         return {"gates": [gate.to_document() for gate in self.gates]}
+
+
+class MeasurementError(ExportError):
+    """An artifact cannot be measured, or the measurements cannot be written."""
 
 
 class ArchiveError(ExportError):

@@ -19,19 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from export.errors import ExportError
-from handlers.errors import HandlerError, one_line
-from handlers.model import ServedModel
+from export.errors import MeasurementError
+from handlers.errors import one_line
+from handlers.model import SIGNATURE_FILE, ServedModel
 from handlers.tensors import TensorBatch
 
 ANSWER_FILE = "memory.json"
-_BATCH_FILES = "memory-{}.npz"
+_BATCH_FILE = "memory-{}.npz"
 _KIB = 1024
 _STATUS = Path("/proc/self/status")
-
-
-class MemoryProbeError(ExportError):
-    """A fresh process cannot load the artifact or run it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +59,10 @@ def measure_memory(folder: Path, batches: Sequence[TensorBatch]) -> Memory:
         batches: What to run it on.
 
     Raises:
-        MemoryProbeError: If it does not load or run there.
+        MeasurementError: If it does not load or run there.
     """
     folder = folder.resolve()
-    files = [folder / _BATCH_FILES.format(i) for i in range(len(batches))]
+    files = [folder / _BATCH_FILE.format(i) for i in range(len(batches))]
     answer_file = folder / ANSWER_FILE
     try:
         for file, batch in zip(files, batches, strict=True):
@@ -82,32 +78,30 @@ def measure_memory(folder: Path, batches: Sequence[TensorBatch]) -> Memory:
         )
         if done.returncode != 0 or not answer_file.is_file():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
-            raise MemoryProbeError(f"a fresh process that runs it died with exit code {done.returncode}: {last}")
+            raise MeasurementError(f"a fresh process that runs it died with exit code {done.returncode}: {last}")
         answer = json.loads(answer_file.read_bytes())
     finally:
         for file in (*files, answer_file):
             file.unlink(missing_ok=True)
     if "error" in answer:
-        raise MemoryProbeError(f"it fails in a fresh process: {answer['error']}")
+        raise MeasurementError(f"it fails in a fresh process: {answer['error']}")
     return Memory(**answer)
 
 
 def main() -> None:
     """Answer one request of :func:`measure_memory` about the current folder."""
     folder = Path.cwd()
-    batches = [_read(folder / _BATCH_FILES.format(i)) for i in range(int(sys.argv[1]))]
+    batches = [_read(folder / _BATCH_FILE.format(i)) for i in range(int(sys.argv[1]))]
     answer: dict[str, Any]
     try:
         answer = _run(folder, batches).to_document()
-    except HandlerError as error:
-        answer = {"error": str(error)}
     except Exception as error:  # runtimes raise types of their own
         answer = {"error": one_line(error)}
     (folder / ANSWER_FILE).write_text(json.dumps(answer), encoding="utf-8")
 
 
 def _run(folder: Path, batches: Sequence[TensorBatch]) -> Memory:
-    on_gpu = json.loads((folder / "signature.json").read_bytes())["artifact"]["device"] == "cuda"
+    on_gpu = json.loads((folder / SIGNATURE_FILE).read_bytes())["artifact"]["device"] == "cuda"
     free_before = _free_gpu_bytes() if on_gpu else 0
     before = _resident_bytes("VmRSS")
     served = ServedModel.load(folder, threads=1)

@@ -16,6 +16,9 @@ _LEAST_MARGIN = 0.02
 # Of the standard error. The median of normally distributed values scatters 1.25 times as much as their mean.
 _ERRORS = 2.0
 _OF_MEDIAN = 1.2533
+# Of the median distance from the median to the standard deviation of normally distributed values. One round in which
+# somebody else had the core moves a standard deviation, but not this.
+_OF_DISTANCE = 1.4826
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,7 @@ def compare(own: Sequence[Timing], other: Sequence[Timing]) -> Advantage:
     for mine, theirs in zip(own, other, strict=True):
         rounds = [math.log(b / a) for a, b in zip(mine.rounds_s, theirs.rounds_s, strict=True)]
         logs.append(statistics.median(rounds))
-        scatter = statistics.stdev(rounds) if len(rounds) > 1 else 0.0
+        scatter = _OF_DISTANCE * statistics.median(abs(value - logs[-1]) for value in rounds)
         variances.append((_OF_MEDIAN * scatter) ** 2 / len(rounds))
     error = math.sqrt(sum(variances)) / len(variances)
     return Advantage(factor=math.exp(statistics.fmean(logs)), margin=max(_LEAST_MARGIN, _ERRORS * error))

@@ -22,6 +22,7 @@ from handlers.model import DEFAULT_MAX_BATCH
 from handlers.signature import Signature
 from handlers.tensors import TensorBatch
 
+SPEED_GATE = "speed"
 BATCH_SIZES = (1, 8, DEFAULT_MAX_BATCH)
 ROUNDS = 9
 # Short batches run several times in a round: the clock and the scheduler are no finer.
@@ -187,7 +188,7 @@ def speed_gate(
     if not fast_enough:
         detail += "; slower, and allowed" if allow_slower else "; serve fp32, or give --allow-slower"
     return GateResult(
-        gate="speed", passed=fast_enough or allow_slower, measured=ratio, bound=thresholds.slowdown, detail=detail
+        gate=SPEED_GATE, passed=fast_enough or allow_slower, measured=ratio, bound=thresholds.slowdown, detail=detail
     )
 
 
