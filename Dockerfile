@@ -21,12 +21,13 @@ RUN apt-get update && \
 
 COPY constraints.txt /tmp/constraints.txt
 # The constraints' markers choose between the two ONNX Runtimes by platform; here ONNXRUNTIME chooses.
-# TorchServe imports PyYAML without declaring it; NumPy and Pillow are what the handlers in archives use.
+# TorchServe imports PyYAML without declaring it; NumPy, Pillow and tokenizers are what the
+# handlers in archives use.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/venv && \
     sed -i -e 's/ *;.*//' -e "s/^torch==.*/&${TORCH_BUILD}/" /tmp/constraints.txt && \
     { python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --only-binary :all: \
-          -c /tmp/constraints.txt torch torchserve "${ONNXRUNTIME}" numpy pillow pyyaml || \
+          -c /tmp/constraints.txt torch torchserve "${ONNXRUNTIME}" numpy pillow pyyaml tokenizers || \
       { echo "torchport: pip failed. If it found no torch${TORCH_BUILD}, name an index that has it:" \
              "--build-arg PIP_EXTRA_INDEX_URL=... (docs/docker.md)" >&2; exit 1; }; } && \
     python3 -m pip --python /opt/venv/bin/python check && \

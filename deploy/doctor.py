@@ -19,7 +19,7 @@ from deploy.java import REMEDY, find_java
 from deploy.ports import is_free
 
 _MINIMUM_PYTHON = (3, 11)
-_PACKAGES = ("torch", "torchserve", "torch-model-archiver", "onnx", "onnxscript", "locust")
+_PACKAGES = ("torch", "torchserve", "torch-model-archiver", "onnx", "onnxscript", "tokenizers", "locust")
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC inference", 8084: "gRPC management"}
 _PROBE_TIMEOUT_S = 120
 _INSTALL = "run `make install` in torchport's folder"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from export.errors import CheckpointError
 from export.weights import load_weights, read_weights
+from export.yaml_file import read_settings
 from handlers.document import shown
 from handlers.errors import SignatureError
 from handlers.signature import Signature
@@ -102,7 +102,7 @@ def load_checkpoint(
     content, digest = read_weights(path)
     content = _whole(content, path, is_described=factory is not None and signature_file is not None)
     if signature_file is not None:
-        content["signature"] = _read_signature(signature_file)
+        content["signature"] = read_settings(signature_file, "the signature", CheckpointError)
     model = _mapping(content, "model", path)
     state = _mapping(content, "state_dict", path)
     arguments = _mapping(model, "config", path, optional=True) if config is None else dict(config)
@@ -246,29 +246,10 @@ def import_object(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _read_signature(path: Path) -> object:
-    """A signature document from JSON or YAML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"the signature {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"the signature {path} is not UTF-8 text") from error
-    try:
-        # Not left to YAML, which refuses JSON's tabs and takes its 1e-3 for a string.
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise CheckpointError(f"the signature {path} is neither valid JSON nor valid YAML{line}") from error
-
-
 def _reason(error: BaseException) -> str:
     """The first line of an error of somebody else's code: messages here are one sentence."""
+    if isinstance(error, SystemExit):
+        return f"it ends Python with sys.exit({shown(error.code)})"
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line), type(error).__name__)
 

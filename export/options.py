@@ -107,6 +107,10 @@ def check_options(options: ExportOptions) -> None:
     check_name(options.name, "model name")
     check_name(options.version, "model version")
     check_store(options.out)
+    if options.columns is not None and options.evaluation is None and options.calibration is None:
+        raise ExportError(
+            "--columns says where the texts of --eval or --calibration are; give one of them, or leave it"
+        )
     created_on()
     if options.staging_only:
         check_staging(options.out, options.name)

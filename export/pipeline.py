@@ -33,7 +33,7 @@ from export.archive import (
 )
 from export.candidate import Candidate, Prepared, Source, Step, convert_and_check, json_bytes, prepare
 from export.eager import SOURCE_FOLDER
-from export.errors import GateError
+from export.errors import ExportError, GateError
 from export.evaluation import random_requests
 from export.gates import GateResult
 from export.golden import MAX_SAMPLES, choose_golden
@@ -106,6 +106,8 @@ def export_archive(options: ExportOptions, *, step: Step = lambda name: None) ->
             :class:`~export.errors.GateError` with all results). The model store is then as it was before.
     """
     check_options(options)
+    if options.calibration is not None and options.precision != "int8":
+        raise ExportError(f"--calibration is for int8, and --precision is {options.precision}; leave one of them away")
     thresholds = resolve_thresholds(options, options.precision)
     step("reading the checkpoint")
     prepared = prepare(source_of(options))

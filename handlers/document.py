@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 
 from handlers.errors import SignatureError
+
+# The whole of a value may be far larger than what is shown of it, above all where lists share their items.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 4
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200  # of which it keeps both ends
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 20
 
 
 def shown(value: object) -> str:
     """A value for a message: short, on one line, whatever it is."""
     try:
-        text = repr(value).replace("\n", " ")  # a tensor's has lines
+        text = _REPR.repr(value).replace("\n", " ")  # a tensor's has lines
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits; lists nested beyond the stack
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_word(name: str) -> bool:
+    """Whether a name of a tensor or an axis is one that messages and code can use as it stands."""
+    return name.isidentifier() and len(name) <= 80
 
 
 class Section:
@@ -42,7 +54,7 @@ class Section:
 
     def _path(self, key: str) -> str:
         # Keys of a stranger's document may be long or unprintable; those that are names read better without quotes.
-        return f"{self._where}.{key if key.isidentifier() and len(key) <= 60 else shown(key)}"
+        return f"{self._where}.{key if is_word(key) else shown(key)}"
 
     def _take(self, key: str) -> object:
         self._known.append(key)
@@ -65,7 +77,7 @@ class Section:
         if not isinstance(value, str) or not value:
             raise SignatureError(f"{self._path(key)} must be a non-empty string, not {shown(value)}")
         if choices is not None and value not in choices:
-            raise SignatureError(f"{self._path(key)} is {value!r}; choose one of: {', '.join(choices)}")
+            raise SignatureError(f"{self._path(key)} is {shown(value)}; choose one of: {', '.join(choices)}")
         return value
 
     def integer(self, key: str, *, minimum: int, maximum: int) -> int:
@@ -101,7 +113,7 @@ class Section:
             if not isinstance(value, str) or not value:
                 raise SignatureError(f"{self._path(key)}[{i}] must be a non-empty string, not {shown(value)}")
             if value in values[:i]:
-                raise SignatureError(f"{self._path(key)} lists {value!r} twice")
+                raise SignatureError(f"{self._path(key)} lists {shown(value)} twice")
         return tuple(str(value) for value in values)
 
     def sequence(self, key: str) -> list[object]:
@@ -129,7 +141,11 @@ class Section:
         unknown = sorted(set(self._fields) - set(self._known))
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields here are: {', '.join(self._known)}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"the fields here are: {', '.join(dict.fromkeys(self._known))}"
+            )
             raise SignatureError(f"{self._path(unknown[0])} is not a known field; {hint}")
 
     @staticmethod

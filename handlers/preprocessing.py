@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.document import Section
+from handlers.document import Section, shown
 from handlers.errors import SignatureError
 
 CHANNELS = {"L": 1, "RGB": 3}
@@ -28,7 +28,7 @@ def plain_file_name(name: str, what: str) -> str:
         SignatureError: If it has a slash or begins with a dot.
     """
     if "/" in name or "\\" in name or name.startswith("."):
-        raise SignatureError(f"{what} must be a plain file name, not {name!r}")
+        raise SignatureError(f"{what} must be a plain file name, not {shown(name)}")
     return name
 
 

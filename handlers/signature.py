@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from handlers.artifact import Artifact
-from handlers.document import Section
+from handlers.document import Section, is_word
 from handlers.errors import SignatureError
 from handlers.preprocessing import ImagePreprocessing, TextPreprocessing
 from handlers.tensors import BATCH_AXIS, Axis, TensorSpec
@@ -74,7 +74,8 @@ class Signature:
         axes: dict[str, Axis] = {}
         if root.has("axes"):
             table = root.section("axes")
-            axes = {name: Axis.from_section(table.section(name), name) for name in table.names()}
+            axes = {name: Axis.from_section(table.section(name), name) for name in table.names() if is_word(name)}
+            table.finish()
         inputs = tuple(TensorSpec.from_section(item) for item in root.sections("inputs"))
         if text is not None:
             inputs, axes = _complete_text(inputs, axes, text)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handlers.document import Section, shown
+from handlers.document import Section, is_word, shown
 from handlers.errors import SignatureError
 
 Array = NDArray[Any]
@@ -81,8 +81,10 @@ class TensorSpec:
     def from_section(cls, section: Section) -> TensorSpec:
         """Read one entry of ``inputs`` or ``outputs``."""
         name = section.string("name")
-        if not name.isidentifier():
-            raise SignatureError(f"the tensor name {shown(name)} must be a word of letters, digits and underscores")
+        if not is_word(name):
+            raise SignatureError(
+                f"the tensor name {shown(name)} must be a word of at most 80 letters, digits and underscores"
+            )
         dtype = section.string("dtype", choices=DTYPES)
         axes = section.sequence("shape")
         bounds = {key: section.number(key) for key in ("minimum", "maximum", "padding") if section.has(key)}
@@ -90,7 +92,7 @@ class TensorSpec:
         shape: list[int | str] = []
         for axis in axes:
             fixed = isinstance(axis, int) and not isinstance(axis, bool) and 1 <= axis <= _MAX_DIMENSION
-            if not fixed and not (isinstance(axis, str) and axis.isidentifier()):
+            if not fixed and not (isinstance(axis, str) and is_word(axis)):
                 raise SignatureError(
                     f"the shape of {shown(name)} has the axis {shown(axis)}; "
                     "give a size of at least 1 or the name of a dynamic axis"

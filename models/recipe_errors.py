@@ -2,13 +2,12 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from models.errors import RecipeError
-from models.recipe_yaml import Override
+from models.recipe_yaml import Override, brief
 
 _SECTIONS_WITH_VARIANTS = ("data", "model")
 
@@ -38,10 +37,10 @@ def explain(
     if finding["type"] == "union_tag_invalid":
         choices = finding["ctx"]["expected_tags"].replace("'", "")
         place = _blame(f"{key}.name", source, overrides)
-        return RecipeError(f"{key}.name is {finding['ctx']['tag']!r} in {place}; it must be one of {choices}.")
+        return RecipeError(f"{key}.name is {brief(finding['ctx']['tag'])} in {place}; it must be one of {choices}.")
     if finding["type"] == "invalid_key":
-        return RecipeError(f"The recipe {source} has the key {finding['input']!r}; keys must be text.")
-    return RecipeError(f"{key} is {_shown(finding['input'])} in {place}; it must {_expected(finding)}.")
+        return RecipeError(f"The recipe {source} has the key {brief(finding['input'])}; keys must be text.")
+    return RecipeError(f"{key} is {brief(finding['input'])} in {place}; it must {_expected(finding)}.")
 
 
 def _without_variant(location: Sequence[int | str]) -> Sequence[int | str]:
@@ -66,7 +65,8 @@ def _dotted(location: Sequence[int | str]) -> str:
     """("model", "widths", 1) -> "model.widths[1]"."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        name = part if isinstance(part, int) or (part.isprintable() and len(part) <= 60) else brief(part)
+        text += f"[{name}]" if isinstance(part, int) else f".{name}"
     return text.removeprefix(".")
 
 
@@ -78,7 +78,7 @@ def _blame(key: str, source: str, overrides: Sequence[Override]) -> str:
 
 
 def _suggest(key: str, valid_keys: Sequence[str]) -> str:
-    """Nearest key in the same section, else the nearest anywhere, else the section's keys."""
+    """Nearest key in the same section, else the nearest anywhere, else the section's keys or the sections."""
     section, _, leaf = key.rpartition(".")
     siblings = {valid.rpartition(".")[2]: valid for valid in valid_keys if valid.rpartition(".")[0] == section}
     anywhere = {valid.rpartition(".")[2]: valid for valid in reversed(valid_keys)}
@@ -86,10 +86,5 @@ def _suggest(key: str, valid_keys: Sequence[str]) -> str:
         close = difflib.get_close_matches(leaf, candidates, n=1)
         if close:
             return f"did you mean {candidates[close[0]]}?"
-    return f"valid keys are {', '.join(siblings.values() or valid_keys)}."
-
-
-def _shown(value: Any) -> str:
-    """A value short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    top_level = [valid for valid in valid_keys if "." not in valid]
+    return f"valid keys are {', '.join(siblings or top_level)}."

@@ -100,7 +100,7 @@ def test_every_package_that_is_asked_for_is_pinned():
 
 
 def test_torchport_and_its_tools_stay_outside():
-    allowed = {"torch", "torchserve", "onnxruntime", "numpy", "pillow", "pyyaml"}
+    allowed = {"torch", "torchserve", "onnxruntime", "numpy", "pillow", "pyyaml", "tokenizers"}
     assert set(_requirements()) == allowed
     sources = {PurePosixPath(path).parts[0] for path in _copied() if len(PurePosixPath(path).parts) > 1}
     assert sources == {"deploy"}

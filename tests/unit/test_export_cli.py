@@ -50,7 +50,7 @@ def test_a_run_folder_becomes_an_archive_named_after_it_with_the_same_bytes_as_e
     document = last_json(run("export", run_folder, "--eval", evaluation_folder, "--out", store, "--json"))
     assert document["ok"] is True
     assert document["archive"] == str(store / "brightness.mar")
-    assert [gate["passed"] for gate in document["gates"]] == [True] * 10
+    assert [gate["passed"] for gate in document["gates"]] == [True] * 12
     assert document["evaluated"] == 12
     assert (store / "brightness.mar").read_bytes() == archive.read_bytes()
     assert [path.name for path in store.iterdir()] == ["brightness.mar"]
@@ -122,7 +122,7 @@ def test_gates_that_fail_are_shown_with_those_that_passed(
     assert document["ok"] is False
     assert document["error"]["type"] == "GateError"
     assert {gate["gate"] for gate in document["gates"] if not gate["passed"]} <= {"noise", "noise on evaluation data"}
-    assert len(document["gates"]) == 10
+    assert len(document["gates"]) == 12
     assert not (tmp_path / "store").exists()
 
 
@@ -183,3 +183,79 @@ def test_inspect_refuses_a_changed_archive_in_one_sentence(
     (tmp_path / "changed.mar").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     assert "is damaged or not an archive" in sentence(run("inspect", tmp_path / "changed.mar"))
     assert "there is no archive at" in sentence(run("inspect", tmp_path / "nope.mar"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--matrix", "--staging-only"], "--matrix alone packs nothing, so there is no use for --staging-only"),
+        (["--matrix", "--sign", "key"], "--matrix alone packs nothing, so there is no use for --sign"),
+        (["--matrix", "--licence", "x"], "--matrix alone packs nothing, so there is no use for --licence"),
+        (["--matrix", "--format", "pt3"], "the format 'pt3' is not known"),
+        (["--matrix", "--format", "onnx", "--precision", "bf16"], "bf16 ONNX is not offered"),
+        (["--matrix", "--device", "tpu"], "the device 'tpu' is not known"),
+        (["--matrix", "--thresholds", "nowhere.yaml"], "the thresholds nowhere.yaml cannot be read"),
+        (["--best", "--licence", "nowhere"], "nowhere cannot be read: No such file"),
+        (["--best", "--staging-only", "--sign", "key"], "a staged folder is no archive yet"),
+        (["--report", "r"], "--report is where --matrix and --best put their page"),
+    ],
+)
+def test_a_bad_mix_with_the_matrix_gives_one_sentence(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("export", run_folder, "--out", tmp_path / "store", *arguments)
+    assert sentence(result).startswith(f"Error: {message}")
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "reports").exists()
+
+
+def test_the_matrix_says_what_it_found_and_packs_nothing(
+    run_folder: Path, evaluation_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("export", run_folder, "--eval", evaluation_folder, "--matrix", "--format", "eager", "--json")
+    document = last_json(result)
+    assert [(one["format"], one["precision"]) for one in document["combinations"]] == [
+        ("eager", "fp32"),
+        ("eager", "bf16"),
+    ]
+    assert document["best"]["combination"] in result.stdout
+    assert document["packed"] is None
+    assert document["report"] == "reports/brightness-matrix/matrix.html"
+    found = json.loads(Path(document["results"]).read_bytes())
+    assert found["combinations"] == document["combinations"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["brightness", "reports"]
+
+
+def test_the_best_is_packed_with_the_bytes_of_a_plain_export(
+    run_folder: Path, evaluation_folder: Path, archive: Path, tmp_path: Path
+) -> None:
+    arguments = ["--format", "torchscript", "--precision", "fp32", "--report", tmp_path / "report"]
+    result = run(
+        *("export", run_folder, "--eval", evaluation_folder, "--out", tmp_path / "store"),
+        *("--best", *arguments, "--json"),
+    )
+    document = last_json(result)
+    assert document["packed"]["archive"] == str(tmp_path / "store" / "brightness.mar")
+    assert "wrote " in result.stdout
+    assert Path(document["packed"]["archive"]).read_bytes() == archive.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["matrix.html", "matrix.json"]
+
+
+def test_a_matrix_in_which_nothing_passes_exits_with_1(
+    run_folder: Path, evaluation_folder: Path, tmp_path: Path
+) -> None:
+    strict = tmp_path / "strict.yaml"
+    strict.write_text("noise: 0\nrandom_noise: 0\n")
+    result = run(
+        *("export", run_folder, "--eval", evaluation_folder, "--out", tmp_path / "store", "--thresholds", strict),
+        *("--format", "onnx", "--precision", "fp32", "--best", "--report", tmp_path / "report", "--json"),
+    )
+    assert result.exit_code == 1, result.output
+    document = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (document["ok"], document["best"], document["packed"]) == (False, None, None)
+    assert document["combinations"][0]["status"] == "failed"
+    assert "nothing passed every gate" in result.stdout
+    assert not (tmp_path / "store").exists()
+    assert (tmp_path / "report" / "matrix.html").exists()

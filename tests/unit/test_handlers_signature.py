@@ -226,7 +226,7 @@ def test_an_unknown_field_is_refused_everywhere(kind, place):
         (("outputs",), GOOD["outputs"] * 2, "signature.outputs lists 'logits' twice"),
         (("outputs", 1), {**GOOD["outputs"][0], "name": "b"}, "gives exactly one output, not 2"),
         (("inputs", 1), {**GOOD["inputs"][0], "name": "b"}, "takes exactly one input, not 2"),
-        (("inputs", 0, "name"), "a b", "must be a word of letters, digits and underscores"),
+        (("inputs", 0, "name"), "a b", "must be a word of at most 80 letters, digits and underscores"),
         (("inputs", 0, "dtype"), "float64", "normalised pixels are float32"),
         (("outputs", 0, "dtype"), "int64", "the logits of classes are float32"),
         (("labels",), ["cat"], "there are 1 labels"),

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "deploy": {"export", "handlers"},
     "loadtest": {"deploy", "handlers"},
 }
-# What a server must have installed: see docs/serving.md. PyYAML comes with TorchServe, which parses the archive's YAML.
+# What a server must have installed, as far as its archives need it: see docs/serving.md.
+# PyYAML comes with TorchServe, which parses the archive's YAML.
 HANDLER_LIBRARIES = {"numpy", "torch", "PIL", "onnxruntime", "tokenizers"}
 
 

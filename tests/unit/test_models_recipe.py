@@ -69,7 +69,7 @@ def test_a_recipe_cannot_be_changed() -> None:
         ("sed: 1", "There is no key sed", "did you mean seed?"),
         ("trainer: {epoch: 3}", "There is no key trainer.epoch", "did you mean trainer.epochs?"),
         ("learning_rate: 1.0", "There is no key learning_rate", "did you mean optimizer.learning_rate?"),
-        ("trainer: {zzz: 3}", "There is no key trainer.zzz", "valid keys are trainer.epochs, trainer.batch_size"),
+        ("trainer: {zzz: 3}", "There is no key trainer.zzz", "valid keys are epochs, batch_size"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path: Path, line: str, named: str, suggested: str) -> None:
