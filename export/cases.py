@@ -14,6 +14,8 @@ from handlers.tensors import TensorBatch
 
 # One, odd, and the largest: dynamic axes that were baked in fail on one of them.
 BATCH_SIZES = (1, 3, 7, DEFAULT_MAX_BATCH)
+# Each for itself, as most requests come: a branch on the values of a whole batch, baked in, goes unseen in few batches.
+_SINGLE_SAMPLES = 16
 # Batches of the longest samples shrink so that a model for long texts is checked in minutes: positions in one batch.
 MAX_POSITIONS = 8192
 
@@ -33,6 +35,8 @@ class Case:
 
 def random_cases(signature: Signature) -> Iterator[Case]:
     """Random batches: every size of ``BATCH_SIZES``, with dynamic axes at their shortest, longest and mixed."""
+    for sample in random_samples(signature, _SINGLE_SAMPLES, seed=SEED + 3):
+        yield Case(name="single samples", samples=[sample])
     if not signature.axes:
         for size in BATCH_SIZES:
             yield Case(name=f"batch {size}", samples=random_samples(signature, size, seed=SEED))

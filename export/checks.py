@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.cases import MAX_POSITIONS, random_cases
+from export.cases import MAX_POSITIONS, random_cases, samples_of_size
 from export.errors import ExportError
 from export.evaluation import LabelledRequest
 from export.gates import Comparison, GateResult
@@ -21,6 +22,7 @@ from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
 
 _PADDED_SAMPLES = 32
+_SAMPLES_OF_ONE_SIZE = 16
 # Of the checkpoint's own model: eager float32 differs by 1e-6 between batches of other shapes.
 _INVARIANT = 1e-3
 
@@ -51,7 +53,7 @@ def check_artifact(served: ServedModel, evidence: Evidence, thresholds: Threshol
     """
     checks: list[tuple[str, Callable[[], list[GateResult]]]] = [
         ("random inputs", lambda: random_gates(served, evidence, thresholds)),
-        ("padding", lambda: padding_gates(served, evidence, thresholds)),
+        ("company", lambda: company_gates(served, evidence, thresholds)),
     ]
     if evidence.requests:
         checks.append(
@@ -106,23 +108,33 @@ def run_artifact(
         return None
 
 
-def padding_gates(served: ServedModel, evidence: Evidence, thresholds: Thresholds) -> list[GateResult]:
-    """Whether a sample's answer depends on the company that it keeps: each alone, against its row in a padded batch."""
+def company_gates(served: ServedModel, evidence: Evidence, thresholds: Thresholds) -> list[GateResult]:
+    """Whether a sample's answer depends on the company that it keeps: each alone, against its row in a batch.
+
+    Where inputs have padding, samples of all sizes share that batch; else those of one size.
+    """
     signature = served.signature
-    if not can_pad(signature):
-        return []
-    samples = _samples_to_pad(served, evidence)
+    padded = can_pad(signature)
+    name = "padding" if padded else "batching"
+    company = "a batch with longer ones" if padded else "a batch with others"
+    remedy = (
+        "mask padding in the model, or remove `padding` from the signature, so that only samples of one size share a "
+        "batch"
+        if padded
+        else "servers put the samples of many requests into one batch, so let the model compute each on its own"
+    )
+    samples = _samples_to_pad(served, evidence) if padded else _samples_of_one_size(signature)
     batch = batching.stack(samples, signature)
 
     def compare(who: str, run: Callable[[TensorBatch], Mapping[str, Array]], bound: float) -> Comparison:
         comparison = Comparison(signature, thresholds, noise=bound, expected=f"{who} alone", actual=f"{who} in a batch")
         try:
-            padded = run(batch)
+            together = run(batch)
             alone = [run(batching.stack([sample], signature)) for sample in samples]
             comparison.add_rows(
-                "padded",
+                "padded" if padded else "together",
                 [batching.split(one, [sample], signature)[0] for one, sample in zip(alone, samples, strict=True)],
-                batching.split(padded, samples, signature),
+                batching.split(together, samples, signature),
             )
         except ExportError:
             raise
@@ -131,16 +143,15 @@ def padding_gates(served: ServedModel, evidence: Evidence, thresholds: Threshold
         return comparison
 
     return [
-        _padding_gate(
-            "padding of the checkpoint",
+        _company_gate(
+            f"{name} of the checkpoint",
             compare("the checkpoint's own model", evidence.reference.run, _INVARIANT),
-            "the checkpoint's own model answers otherwise when a sample shares a batch with longer ones: mask padding "
-            "in the model, or remove `padding` from the signature, so that only samples of one size share a batch",
+            f"the checkpoint's own model answers otherwise when a sample shares {company}: {remedy}",
         ),
-        _padding_gate(
-            "padding",
+        _company_gate(
+            name,
             compare("the artifact", served.backend.run, 2 * thresholds.noise),
-            "the artifact answers otherwise when a sample shares a batch with longer ones",
+            f"the artifact answers otherwise when a sample shares {company}",
         ),
     ]
 
@@ -150,7 +161,7 @@ def can_pad(signature: Signature) -> bool:
     return bool(signature.axes) and all(spec.padding is not None for spec in signature.inputs if spec.dynamic_axes)
 
 
-def _padding_gate(gate: str, comparison: Comparison, failure: str) -> GateResult:
+def _company_gate(gate: str, comparison: Comparison, failure: str) -> GateResult:
     outputs = comparison.outputs_gate(gate)
     if not outputs.passed:
         return outputs
@@ -160,6 +171,13 @@ def _padding_gate(gate: str, comparison: Comparison, failure: str) -> GateResult
     return GateResult(
         gate=gate, passed=False, measured=result.measured, bound=result.bound, detail=f"{failure}; {result.detail}"
     )
+
+
+def _samples_of_one_size(signature: Signature) -> list[TensorBatch]:
+    """Random samples that share a batch as they are."""
+    sizes = {name: max(axis.minimum, axis.maximum // 2) for name, axis in signature.axes.items()}
+    count = max(2, min(_SAMPLES_OF_ONE_SIZE, MAX_POSITIONS // math.prod(sizes.values())))
+    return samples_of_size(signature, count, sizes, seed=SEED + 2)
 
 
 def _samples_to_pad(served: ServedModel, evidence: Evidence) -> list[TensorBatch]:

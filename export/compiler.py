@@ -23,6 +23,7 @@ _NOISE = re.compile(
 )
 _DATA_DEPENDENT = ("data-dependent", "data dependent", "Dynamic control flow")
 _LONGEST_REASON = 300
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def conversion_error(error: Exception, *, format: str, method: str) -> Conversio
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if not _NOISE.match(line)]
+    lines = [_ADDRESS.sub("", line).strip() for line in str(error).splitlines() if not _NOISE.match(line)]
     # torch.export announces its constraints, and lists them below that.
     listed = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     if lines and lines[0].startswith("Constraints violated") and listed:
@@ -78,7 +79,7 @@ def first_line(error: BaseException) -> str:
 
 def _remedy(error: Exception, *, format: str, method: str) -> str | None:
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # the system's: TorchScript raises some of its own
         return None
     if method == "script":
         return "TorchScript compiles only a part of Python: use --method trace"

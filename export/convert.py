@@ -210,7 +210,7 @@ def _write(
     device = "cpu" if combination.format == "onnx" else combination.device
     example = [torch.from_numpy(values).to(device) for values in _in_order(example_batch(signature), signature)]
     named = _named(module.to(device, dtype), signature, dtype)
-    _check_outputs(_outputs(named, example, combination.precision), signature)
+    _check_outputs(_outputs(named, example, combination.precision), signature, dtype)
     # Imported when they are needed: the compilers of one format take seconds to load, and the others do without.
     if combination.format == "torchscript":
         from export.torchscript import write_torchscript  # noqa: PLC0415
@@ -288,10 +288,15 @@ def _outputs(named: NamedModule, example: Sequence[torch.Tensor], precision: str
     return outputs
 
 
-def _check_outputs(outputs: Sequence[torch.Tensor], signature: Signature) -> None:
+def _check_outputs(outputs: Sequence[torch.Tensor], signature: Signature, dtype: torch.dtype | None) -> None:
     """Compare what the model gives with what the signature says, before a compiler speaks of something else."""
     for output, spec in zip(outputs, signature.outputs, strict=True):
         found = str(output.dtype).removeprefix("torch.")
+        if found != spec.dtype and dtype is not None and found.startswith("float") and spec.dtype.startswith("float"):
+            raise ConversionError(
+                f"outputs of lower precision come out as float32, and the signature says that {spec.name!r} is "
+                f"{spec.dtype}; use --precision fp32, or give float32 in the model and in the signature"
+            )
         if found != spec.dtype:
             raise ConversionError(
                 f"the model's output {spec.name!r} is {found}, and the signature says {spec.dtype}; "

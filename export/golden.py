@@ -160,5 +160,6 @@ def _npy(values: Array) -> bytes:
     if values.dtype.kind == "f":
         values = np.round(values.astype(np.float32), _DECIMALS) + np.float32(0)  # no negative zeros
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
+    # Not ascontiguousarray, which makes an array of one axis of a single number.
+    np.lib.format.write_array(buffer, np.asarray(values, order="C"), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()

@@ -102,9 +102,12 @@ def fused(graph: onnx.ModelProto, example: TensorBatch, *, dtype: torch.dtype | 
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort  # noqa: PLC0415  # slow to import
 
+    # A copy: the rules rename weights where they lie, and the graph may have to stay as it is.
+    ours = onnx.ModelProto()
+    ours.CopyFrom(graph)
     try:
         with compiling():
-            model, _ = optimize_for_ort(onnx_ir.from_proto(graph))
+            model, _ = optimize_for_ort(onnx_ir.from_proto(ours))
         candidate: onnx.ModelProto = onnx_ir.to_proto(model)
         _keep_interface(candidate, graph)
         if len(candidate.graph.node) >= len(graph.graph.node):

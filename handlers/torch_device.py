@@ -39,9 +39,10 @@ def check_device(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
 def to_torch(batch: TensorBatch, specs: Sequence[TensorSpec], device: torch.device) -> list[torch.Tensor]:
     """The arrays of a batch as tensors, in the order of the signature.
 
-    They are copies: a module that works in place must not change what a retry would run on.
+    They are copies: a module that works in place must not change what a retry would run on. Their rows lie one after
+    the other, whatever the arrays' do (pictures come with their channels last): compiled code takes no other layout.
     """
-    return [torch.from_numpy(np.array(batch[spec.name])).to(device) for spec in specs]
+    return [torch.from_numpy(np.array(batch[spec.name], order="C")).to(device) for spec in specs]
 
 
 def to_numpy(outputs: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> dict[str, Array]:

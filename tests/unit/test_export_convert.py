@@ -294,6 +294,22 @@ class TestForms:
         ):
             convert(GivesTuple(), Signature.from_document(document), tmp_path, combination=combination("onnx"))
 
+    def test_float64_that_lower_precision_cannot_keep_is_refused_as_such(self, tmp_path: Path) -> None:
+        document = PAIR.to_document()
+        document["outputs"][1]["dtype"] = "float64"
+        with pytest.raises(ConversionError, match=r"come out as float32, .* 'difference' is float64; use --precision"):
+            convert(
+                GivesTuple(),
+                Signature.from_document(document),
+                tmp_path,
+                combination=combination("torchscript", "bf16"),
+            )
+
+    def test_no_source_to_script_is_said_without_addresses_and_with_a_remedy(self, tmp_path: Path) -> None:
+        with pytest.raises(ConversionError, match=r"^[^@]*use --method trace$") as caught:
+            convert(GivesDataclass(), PAIR, tmp_path, combination=combination("torchscript"), method="script")
+        assert " at 0x" not in str(caught.value)
+
     def test_inputs_that_the_model_cannot_take_are_said_before_any_compiler_speaks(self, tmp_path: Path) -> None:
         document = PAIR.to_document()
         document["inputs"][0]["shape"] = ["batch", 3]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.checks import Evidence, check_artifact, padding_gates
+from export.checks import Evidence, check_artifact, company_gates
 from export.errors import CheckpointError, EvaluationError
 from export.evaluation import LabelledRequest, tensor_request
 from export.gates import Comparison, GateResult, margin
@@ -272,7 +272,7 @@ class TestSequences:
         gates = by_name(self.check(sequences(Running())))
         assert failed(list(gates.values())) == set()
         assert set(gates) == {"outputs", "parity", "noise", "equality", "padding of the checkpoint", "padding"}
-        assert "129 samples in 12 batches" in gates["outputs"].detail
+        assert "145 samples in 28 batches" in gates["outputs"].detail
 
     def test_what_stands_in_the_padding_does_not_count(self) -> None:
         def run(batch: Mapping[str, Array]) -> Outputs:
@@ -289,7 +289,7 @@ class TestSequences:
 
         gates = by_name(self.check(ServedModel(SEQUENCES, Computes(run))))
         assert not gates["outputs"].passed
-        assert "the artifact fails (shortest, batch 1): expected 9 steps" in gates["outputs"].detail
+        assert "the artifact fails (single samples): expected 9 steps" in gates["outputs"].detail
 
     def test_a_whole_number_off_by_one_fails(self) -> None:
         gates = self.check(sequences(Running(), lambda o: {**o, "largest": (o["largest"] + 1) % 9}))
@@ -297,26 +297,27 @@ class TestSequences:
 
     def test_a_checkpoint_that_sees_its_padding_is_refused_with_both_remedies(self) -> None:
         reference = Reference.of(Running(masked=False), SEQUENCES)
-        gates = by_name(padding_gates(sequences(Running(masked=False)), Evidence(reference=reference), FP32))
+        gates = by_name(company_gates(sequences(Running(masked=False)), Evidence(reference=reference), FP32))
         assert failed(list(gates.values())) == {"padding of the checkpoint", "padding"}
         detail = gates["padding of the checkpoint"].detail
         assert "mask padding in the model, or remove `padding` from the signature" in detail
 
     def test_an_artifact_that_sees_its_padding_is_refused(self) -> None:
         gates = by_name(
-            padding_gates(
+            company_gates(
                 sequences(Running(masked=False)), Evidence(reference=Reference.of(Running(), SEQUENCES)), FP32
             )
         )
         assert failed(list(gates.values())) == {"padding"}
 
-    def test_without_padding_there_is_nothing_to_check(self) -> None:
+    def test_without_padding_samples_of_one_size_share_the_batch(self) -> None:
         alone = replace(SEQUENCES, inputs=tuple(replace(spec, padding=None) for spec in SEQUENCES.inputs))
         module = Running(masked=False)
         served = ServedModel(alone, Computes(Reference.of(module, alone).run))
         gates = check_artifact(served, Evidence(reference=Reference.of(module, alone)), FP32)
         assert failed(gates) == set()
-        assert {gate.gate for gate in gates} == {"outputs", "parity", "noise", "equality"}
+        names = {"outputs", "parity", "noise", "equality", "batching of the checkpoint", "batching"}
+        assert {gate.gate for gate in gates} == names
 
     def test_a_comparison_that_crashes_is_a_failure(self) -> None:
         served = ServedModel(SEQUENCES, Computes(lambda batch: {"each": "no array"}))  # type: ignore[dict-item]
@@ -472,3 +473,25 @@ class TestTask:
             assert json.loads(json.dumps(document, allow_nan=False)) == document
         lost = GateResult(gate="g", passed=False, measured=float("nan"), detail="d").to_document()
         assert lost["measured"] is None
+
+
+class TestCompany:
+    def gates(self, checkpoint: torch.nn.Module, artifact: torch.nn.Module) -> list[GateResult]:
+        served = ServedModel(ROWS, Computes(Reference.of(artifact, ROWS).run))
+        return check_artifact(served, Evidence(reference=Reference.of(checkpoint, ROWS)), FP32)
+
+    def test_a_checkpoint_whose_answers_depend_on_the_batch_is_refused(self) -> None:
+        class Centred(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x - x.mean(0)
+
+        gates = by_name(self.gates(Centred(), Centred()))
+        assert failed(list(gates.values())) == {"batching of the checkpoint", "batching"}
+        assert "let the model compute each on its own" in gates["batching of the checkpoint"].detail
+
+    def test_a_baked_in_branch_is_seen_by_single_samples(self) -> None:
+        class Branches(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x if x[0, 0] > -0.75 else -x
+
+        assert {"parity", "noise"} <= failed(self.gates(Branches(), torch.nn.Identity()))

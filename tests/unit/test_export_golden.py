@@ -59,6 +59,13 @@ def choose(
     return choose
 
 
+def write(golden: GoldenSet, files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "golden/expected.json").write_text(json.dumps(golden.to_document()))
+
+
 def recorded(golden: GoldenSet, files: dict[str, bytes]) -> list[Array]:
     return [np.load(io.BytesIO(files[sample.outputs["logits"]]), allow_pickle=False) for sample in golden.samples]
 
@@ -121,10 +128,7 @@ def test_random_requests_serve_where_there_are_no_others(
 ) -> None:
     golden, files, served = choose(random_requests(signature, 64))
     assert len(golden.samples) == MAX_SAMPLES
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "golden/expected.json").write_text(json.dumps(golden.to_document()))
+    write(golden, files, tmp_path)
     assert served.replay(tmp_path) < 1e-4
 
 
@@ -144,3 +148,27 @@ def test_an_artifact_that_fails_on_one_is_refused(
 ) -> None:
     with pytest.raises(GateError, match="the artifact fails on a golden sample"):
         choose(requests, "fp32", lambda logits: logits * np.nan)
+
+
+def test_one_number_a_sample_is_repeated(tmp_path: Path) -> None:
+    signature = Signature.from_document(
+        {
+            "format_version": 1,
+            "task": "tensor",
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch"]}],
+            "outputs": [
+                {"name": "y", "dtype": "float32", "shape": ["batch"]},
+                {"name": "positive", "dtype": "bool", "shape": ["batch"]},
+            ],
+        }
+    )
+
+    class Doubles(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return 2 * x, x > 0
+
+    reference = Reference.of(Doubles(), signature)
+    served = ServedModel(signature, Altered(reference, lambda values: values))
+    golden, files = choose_golden(random_requests(signature, 4), reference, served, FP32)
+    write(golden, files, tmp_path)
+    assert served.replay(tmp_path) < 1e-5

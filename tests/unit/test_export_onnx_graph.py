@@ -112,7 +112,7 @@ class TestGraph:
 
 
 class TestFusion:
-    @pytest.mark.parametrize("fault", ["raises", "does not load", "computes something else", "renames"])
+    @pytest.mark.parametrize("fault", ["raises", "does not load", "computes something else", "renames", "leaves"])
     def test_a_graph_that_fusion_breaks_is_written_as_it_was(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
     ) -> None:
@@ -123,6 +123,10 @@ class TestFusion:
         def broken(model: Any) -> Any:
             if fault == "raises":
                 raise RuntimeError("a rule of somebody's")
+            if fault == "leaves":
+                for value in model.graph.initializers.values():
+                    value.const_value.name = f"{value.name}_of_mine"
+                raise RuntimeError("a rule of somebody's, half done")
             model, counts = fuse(model)
             if fault == "does not load":
                 next(node for node in model.graph if node.op_type == "BiasGelu").op_type = "NoSuchOperator"
@@ -140,6 +144,7 @@ class TestFusion:
         written = onnx.load(tmp_path / "model.onnx")
         assert {entry.domain for entry in written.opset_import if entry.domain} <= {"pkg.onnxscript.torch_lib.common"}
         assert not {"MultiHeadAttention", "BiasGelu"} & {node.op_type for node in written.graph.node}
+        onnx_graph.session(written)
 
     def test_a_graph_without_anything_to_fuse_has_standard_operators_only(
         self, module: nn.Module, signature: Signature, tmp_path: Path

@@ -197,6 +197,12 @@ class TestEveryFormat:
         copies = {name: view.copy() for name, view in views.items()}
         np.testing.assert_allclose(backend.run(views)["pooled"], backend.run(copies)["pooled"], rtol=1e-5, atol=1e-6)
 
+    def test_arrays_whose_rows_do_not_follow_each_other_are_taken(self, built, format):
+        backend = load(built(format), format)
+        batch = arrays(4, 6)
+        turned = {name: np.asfortranarray(array) for name, array in batch.items()}
+        np.testing.assert_array_equal(backend.run(turned)["pooled"], backend.run(batch)["pooled"])
+
     @pytest.mark.parametrize(
         "damage", [lambda data: b"", lambda data: b"junk" * 99, lambda data: data[: len(data) // 2]]
     )
