@@ -4,6 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PAIR_MULTIPLIERS = (31337, 7919)
+"""Of the first and the second token of a pair, in the hash that chooses its row. Both are prime: with a number of rows
+that is a multiple of neither, each token alone decides among all rows; with a multiple, one of them hardly matters."""
+
 # Adam moves every weight by about the learning rate, whatever its gradient; a linear model over single tokens needs
 # several times the step of an encoder.
 _SCALE = 5.0
@@ -23,12 +27,13 @@ class BagOfTokens(nn.Module):
     Args:
         vocab_size: tokens in the vocabulary.
         num_classes: length of the logits.
-        pair_buckets: rows for pairs of neighbours; 0 for none.
+        pair_buckets: rows for pairs of neighbours, and no multiple of a number in `PAIR_MULTIPLIERS`; 0 for none.
     """
 
     def __init__(self, vocab_size: int, num_classes: int, *, pair_buckets: int = 0) -> None:
         super().__init__()
         self.pair_buckets = pair_buckets
+        self.first_multiplier, self.second_multiplier = PAIR_MULTIPLIERS  # TorchScript knows no global numbers
         self.scale = _SCALE
         self.token_weights = nn.Embedding(vocab_size, num_classes)
         self.pair_weights = nn.Embedding(pair_buckets, num_classes) if pair_buckets else None
@@ -51,7 +56,8 @@ class BagOfTokens(nn.Module):
             # Filled up before the cut: of T - 1, exporters with a dynamic length must know whether it is 1.
             second = F.pad(input_ids, (0, 1))[:, 1:]
             both = present * F.pad(present, (0, 0, 0, 1))[:, 1:]
-            bucket = torch.remainder(input_ids * 31337 + second * 7919, self.pair_buckets)  # odd: spread evenly
+            mixed = input_ids * self.first_multiplier + second * self.second_multiplier
+            bucket = torch.remainder(mixed, self.pair_buckets)
             total = total + (self.pair_weights(bucket) * both).sum(dim=1)
             count = count + both.sum(dim=1)
         logits: Tensor = self.scale * total / count.clamp(min=1).sqrt() + self.bias

@@ -1,5 +1,6 @@
 """A batch: what a loader yields, a trainer consumes, and a dump of a diverged step holds."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +19,7 @@ class Batch:
     """[B] int64, each an index into the class names."""
 
     ids: Tensor
-    """[B] int64, the samples' places in their split: they name the samples of a step that went wrong."""
+    """[B] int64, the samples' places in their split, from 0: they name the samples of a step that went wrong."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,15 +34,16 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Self]:
-        """The batch in parts of almost equal size, fewer when it has fewer samples."""
-        size = -(-len(self) // parts)
+        """The batch in parts whose sizes differ by one at most, fewer when it has fewer samples."""
+        bounds = [-(-len(self) * number // parts) for number in range(parts + 1)]
         return [
             type(self)(
-                inputs={name: tensor[start : start + size] for name, tensor in self.inputs.items()},
-                labels=self.labels[start : start + size],
-                ids=self.ids[start : start + size],
+                inputs={name: tensor[start:end] for name, tensor in self.inputs.items()},
+                labels=self.labels[start:end],
+                ids=self.ids[start:end],
             )
-            for start in range(0, len(self), size)
+            for start, end in itertools.pairwise(bounds)
+            if start < end
         ]
 
     def twice(self) -> Self:

@@ -22,7 +22,7 @@ _KEYS_SHOWN = 3
 class Checkpoint:
     """What a checkpoint file holds, key by key.
 
-    No time and no path in it: the same recipe gives the same bytes.
+    No time and no path in it, but for the training state of last.pt: the same recipe gives the same bytes.
     """
 
     model: dict[str, Any]

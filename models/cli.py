@@ -72,9 +72,15 @@ def train(
 
 def _train(recipe: "Recipe", run_dir: Path, *, resume: bool, nproc: int, profile: bool) -> "TrainingResult":
     if nproc > 1:
+        from models.errors import TerminatedError  # noqa: PLC0415
         from models.launch import train_in_processes  # noqa: PLC0415
 
-        return train_in_processes(recipe, run_dir, processes=nproc, resume=resume, profile=profile)
+        try:
+            return train_in_processes(recipe, run_dir, processes=nproc, resume=resume, profile=profile)
+        except TerminatedError as error:
+            # Its own exit code, by which schedulers tell an ended job from a failed one.
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
     from models.progress import training_progress  # noqa: PLC0415
     from models.training import train as train_here  # noqa: PLC0415
 

@@ -66,8 +66,15 @@ class TextSource:
             raise DataError("held_out_path and held_out_rows both say what is held out; remove one of them.")
         if self.held_out_rows is not None and self.held_out_rows < 1:
             raise DataError(f"held_out_rows is {self.held_out_rows}; it must be at least 1.")
-        names = list((self.label_names or {}).values())
-        twice = [name for name in names if not name or names.count(name) > 1]
+        if self.label_names is None:
+            return
+        if len(self.label_names) < 2:
+            raise DataError(f"label_names has {len(self.label_names)} entries; a classifier needs two, so add some.")
+        unnamed = [label for label, name in self.label_names.items() if not name]
+        if unnamed:
+            raise DataError(f"label_names gives the label {unnamed[0]!r} an empty name; name its class.")
+        names = list(self.label_names.values())
+        twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise DataError(f"label_names gives the name {twice[0]!r} to several labels; give each one of its own.")
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.errors import LaunchError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
@@ -73,14 +75,34 @@ ALONE = Processes()
 
 
 def read_processes() -> Processes:
-    """This process as torchrun's variables describe it; alone without them."""
-    if "RANK" not in os.environ:
+    """This process as torchrun's variables describe it; alone without them.
+
+    Launchers for one process a machine leave LOCAL_RANK out.
+
+    Raises:
+        LaunchError: naming the variable that is missing or wrong.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return ALONE
-    return Processes(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+    processes = Processes(
+        rank=_read_count("RANK"), local_rank=_read_count("LOCAL_RANK", "0"), world_size=_read_count("WORLD_SIZE")
     )
+    if processes.rank >= processes.world_size:
+        raise LaunchError(
+            f"The environment variable RANK is {processes.rank}, and WORLD_SIZE is {processes.world_size}; ranks "
+            f"count from 0, so start the processes with torchport train --nproc, or unset both."
+        )
+    return processes
+
+
+def _read_count(name: str, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    remedy = "start the processes with torchport train --nproc or torchrun, or unset RANK and WORLD_SIZE"
+    if text is None:
+        raise LaunchError(f"The environment variable {name} is missing where RANK or WORLD_SIZE is set; {remedy}.")
+    if not (text.isascii() and text.isdigit()):
+        raise LaunchError(f"The environment variable {name} is {text[:40]!r}, which is no whole number; {remedy}.")
+    return int(text)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ Every message is one plain sentence: what is wrong, with the value, and the reme
     ├── EvaluationError                predictions and labels that do not fit, or nothing measured
     ├── TrackingError                  TensorBoard or Weights & Biases that cannot be written to
     ├── RunFolderError                 a run folder that cannot be used
-    │   └── ResumeError                --resume with a recipe other than the interrupted one
+    │   └── ResumeError                --resume with another recipe or other data than the interrupted one
     ├── TrainingDivergedError          a loss or gradient that is NaN or infinite
-    ├── LaunchError                    a process of a training in several that failed
+    ├── LaunchError                    a training in several processes that cannot start, or of which one failed
+    ├── TerminatedError                a training in several processes that was told to end
     └── CheckpointError
         ├── CheckpointNotFoundError
         ├── CheckpointWriteError
@@ -97,7 +98,7 @@ class RunFolderError(ModelsError):
 
 
 class ResumeError(RunFolderError):
-    """The interrupted run and the recipe at hand are not the same training."""
+    """The interrupted run is not the training at hand: another recipe, other data, or other processes."""
 
 
 class TrainingDivergedError(ModelsError):
@@ -116,7 +117,21 @@ class TrainingDivergedError(ModelsError):
 
 
 class LaunchError(ModelsError):
-    """A process of a training in several failed; the message is its own."""
+    """A process of a training in several failed, and the message is its own; or its launcher's variables are wrong."""
+
+
+class TerminatedError(ModelsError):
+    """Somebody told a training in several processes to end.
+
+    Args:
+        message: the sentence.
+        signal_number: what it was told with.
+    """
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+        """As shells report a process that a signal ended."""
 
 
 class CheckpointError(ModelsError):

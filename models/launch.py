@@ -2,16 +2,19 @@
 
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from models.errors import LaunchError
+from models.errors import LaunchError, TerminatedError
 from models.progress import training_progress
 from models.recipe import Recipe
 from models.training import Observer, TrainingResult, train
@@ -23,6 +26,7 @@ _NOISY_LOGGERS = (
     "torch.distributed.run",
     "torch.multiprocessing.spawn",
 )
+_LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def train_in_processes(
@@ -39,8 +43,10 @@ def train_in_processes(
 
     Raises:
         LaunchError: with the sentence of the process that failed first.
+        KeyboardInterrupt: on SIGINT, as one process would raise it.
+        TerminatedError: on another signal that ends it, such as SIGTERM.
     """
-    with tempfile.TemporaryDirectory(prefix="torchport-train-") as folder, _quiet_launcher():
+    with tempfile.TemporaryDirectory(prefix="torchport-train-") as folder, _quiet_launcher(), _signal_handlers_kept():
         report = Path(folder) / "error"
         config = LaunchConfig(
             min_nodes=1,
@@ -56,6 +62,13 @@ def train_in_processes(
         except ChildFailedError as error:
             sentence = report.read_text(encoding="utf-8") if report.exists() else _describe(error)
             raise LaunchError(sentence) from error
+        except SignalException as error:  # the launcher has ended the processes
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise TerminatedError(
+                f"The training was ended by {error.sigval.name}; continue it with --resume.",
+                signal_number=error.sigval,
+            ) from error
     result: TrainingResult = results[0]
     return result
 
@@ -99,8 +112,10 @@ def _quiet_launcher() -> Iterator[None]:
     unset = "OMP_NUM_THREADS" not in os.environ
     if unset:
         os.environ["OMP_NUM_THREADS"] = "1"
-    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    for name in _NOISY_LOGGERS:
+    # With those below them, each of which the launcher has given a level of its own.
+    below = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
+    levels = {name: logging.getLogger(name).level for name in (*_NOISY_LOGGERS, *below)}
+    for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
@@ -109,3 +124,17 @@ def _quiet_launcher() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         if unset:
             del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Puts back what handles signals: the launcher leaves handlers of its own behind."""
+    if threading.current_thread() is not threading.main_thread():  # it then sets none, and nobody else may
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in _LAUNCHER_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

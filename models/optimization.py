@@ -71,7 +71,7 @@ def build_warmup_cosine(
 ) -> LambdaLR:
     """A straight line up to the peak, then half a cosine down to zero (Loshchilov and Hutter, arXiv:1608.03983).
 
-    Unlike one-cycle it leaves the momentum alone, and starts from zero.
+    Unlike one-cycle it leaves the momentum alone, and starts lower: the first of W steps of warm-up is 1/W of the peak.
     """
     warmup_steps = max(1, round(warmup_fraction * total_steps))
 

@@ -100,7 +100,7 @@ class TextSection(SplitFields):
     label_column: Column = "label"
     """As for text_columns."""
 
-    label_names: dict[str, str] | None = None
+    label_names: dict[str, str] | None = Field(default=None, min_length=2)
     """The file's label: the name of the class. Null takes labels as names."""
 
     held_out_rows: int | None = Field(default=None, ge=1)
@@ -170,7 +170,7 @@ class TextEncoderSection(Section):
     bag_of_tokens: bool = False
     """Whether a linear model over the tokens learns beside the encoder; the answer is their average."""
 
-    pair_buckets: int = Field(default=0, ge=0)
+    pair_buckets: int = Field(default=0, ge=0, le=10_000_000)
     """Rows of that linear model for pairs of neighbouring tokens; 0 for none."""
 
     gradient_checkpointing: bool = False
@@ -247,6 +247,16 @@ class TrainerSection(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_final_weights(self) -> Self:
+        if self.final_weights == "last" and self.early_stopping is not None:
+            raise ValueError(
+                f"trainer.early_stopping is {self.early_stopping}, which ends a training after epochs that are not "
+                "better, and trainer.final_weights is last, which keeps one of them; set trainer.final_weights=best "
+                "or trainer.early_stopping=null."
+            )
+        return self
+
 
 class TrackingSection(Section):
     """Where metrics go, besides metrics.jsonl and TensorBoard."""
@@ -281,13 +291,7 @@ class Recipe(Section):
     @classmethod
     def _name_the_variants(cls, values: Any) -> Any:
         """A section without a name is the one that goes with the rest: digits, and the architecture of the data."""
-        if not isinstance(values, Mapping):
-            return values
-        named = dict(values)
-        named["data"] = _with_name(values.get("data", {}), "digits")
-        data_name = named["data"].get("name") if isinstance(named["data"], Mapping) else None
-        named["model"] = _with_name(values.get("model", {}), _MODELS_FOR.get(str(data_name), "convnet"))
-        return named
+        return _with_variants_named(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -296,6 +300,16 @@ class Recipe(Section):
             raise ValueError(
                 f"model.name is {self.model.name}, and data.name is {self.data.name}, which goes with {fitting}; "
                 f"write model.name: {fitting}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        drops_tokens = isinstance(self.model, TextEncoderSection) and self.model.token_dropout
+        if self.trainer.consistency and not self.model.dropout and not drops_tokens:
+            raise ValueError(
+                f"trainer.consistency is {self.trainer.consistency}, and the model has no dropout that would make two "
+                "passes over a batch differ; set model.dropout above 0, or trainer.consistency=0."
             )
         return self
 
@@ -320,21 +334,47 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise explain(error, source=source, overrides=parsed, valid_keys=list(_dotted_keys(Recipe))) from error
+        raise explain(error, source=source, overrides=parsed, valid_keys=_valid_keys(values)) from error
+
+
+def _with_variants_named(values: Mapping[str, Any]) -> dict[str, Any]:
+    named = dict(values)
+    named["data"] = _with_name(values.get("data", {}), "digits")
+    data_name = named["data"].get("name") if isinstance(named["data"], Mapping) else None
+    named["model"] = _with_name(values.get("model", {}), _MODELS_FOR.get(str(data_name), "convnet"))
+    return named
 
 
 def _with_name(section: Any, name: str) -> Any:
     return {"name": name, **section} if isinstance(section, Mapping) else section
 
 
-def _dotted_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key a recipe may hold: "name", "data", "data.name", ...; those of all variants of a section."""
+def _valid_keys(values: Mapping[str, Any]) -> list[str]:
+    """Every key that a recipe with these values may hold; of a section with variants, the chosen one's."""
+    sections = _with_variants_named(values)
+    chosen = {f"{key}.": sections[key].get("name") for key in ("data", "model") if isinstance(sections[key], Mapping)}
+    return list(_dotted_keys(Recipe, chosen))
+
+
+def _dotted_keys(section: type[BaseModel], chosen: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields "name", "data", "data.name", ...; of a section whose variant is unknown, the keys of all."""
     seen = set()
     for name, field in section.model_fields.items():
         yield prefix + name
-        for variant in (field.annotation, *get_args(field.annotation)):
-            if isinstance(variant, type) and issubclass(variant, BaseModel):
-                for key in _dotted_keys(variant, f"{prefix}{name}."):
-                    if key not in seen:
-                        seen.add(key)
-                        yield key
+        inner = f"{prefix}{name}."
+        variants = [
+            variant
+            for variant in (field.annotation, *get_args(field.annotation))
+            if isinstance(variant, type) and issubclass(variant, BaseModel)
+        ]
+        named = [variant for variant in variants if inner in chosen and _variant_name(variant) == chosen[inner]]
+        for variant in named or variants:
+            for key in _dotted_keys(variant, chosen, inner):
+                if key not in seen:
+                    seen.add(key)
+                    yield key
+
+
+def _variant_name(variant: type[BaseModel]) -> str:
+    (name,) = get_args(variant.model_fields["name"].annotation)
+    return str(name)

@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 from models.errors import RecipeError
 from models.recipe_yaml import Override, brief
 
+_SKIP_KEY = "data.skip_bad_rows"  # what --skip-bad-rows sets, whatever the data set
 _SECTIONS_WITH_VARIANTS = ("data", "model")
 
 
@@ -21,7 +22,7 @@ def explain(
         error: what pydantic found.
         source: the recipe's file.
         overrides: what was set on the command line; blamed when it set the key.
-        valid_keys: every dotted key a recipe may hold.
+        valid_keys: every dotted key that this recipe may hold.
     """
     findings = error.errors(include_url=False)
     # A misspelt key also makes the right one missing: report the misspelling.
@@ -31,7 +32,7 @@ def explain(
     key = _dotted(_without_variant(finding["loc"]))
     place = _blame(key, source, overrides)
     if finding["type"] == "extra_forbidden":
-        return RecipeError(f"There is no key {key} in a recipe ({place}); {_suggest(key, valid_keys)}")
+        return RecipeError(_unknown_key(key, finding["loc"], place, valid_keys))
     if finding["type"] == "missing":
         return RecipeError(f"The recipe {source} has no {key}; add it, or set it with -s {key}=VALUE.")
     if finding["type"] == "union_tag_invalid":
@@ -40,7 +41,26 @@ def explain(
         return RecipeError(f"{key}.name is {brief(finding['ctx']['tag'])} in {place}; it must be one of {choices}.")
     if finding["type"] == "invalid_key":
         return RecipeError(f"The recipe {source} has the key {brief(finding['input'])}; keys must be text.")
-    return RecipeError(f"{key} is {brief(finding['input'])} in {place}; it must {_expected(finding)}.")
+    if finding["loc"][-1] == "[key]":
+        key = _dotted(_without_variant(finding["loc"][:-2]))
+        place = _blame(key, source, overrides)
+    return RecipeError(_wrong_value(key, finding, place))
+
+
+def _wrong_value(key: str, finding: ErrorDetails, place: str) -> str:
+    value = brief(finding["input"])
+    if finding["loc"][-1] == "[key]":  # of a mapping such as data.label_names: YAML makes a number of 0
+        return f'{key} has the key {value} in {place}, which is not text; quote the label: "{value}".'
+    return f"{key} is {value} in {place}; it must {_expected(finding)}."
+
+
+def _unknown_key(key: str, location: Sequence[int | str], place: str, valid_keys: Sequence[str]) -> str:
+    if key == _SKIP_KEY:
+        return (
+            f"The data set {location[1]} has no rows to skip ({place}); leave out --skip-bad-rows, and {key} in the "
+            "recipe."
+        )
+    return f"There is no key {key} in a recipe ({place}); {_suggest(key, valid_keys)}"
 
 
 def _without_variant(location: Sequence[int | str]) -> Sequence[int | str]:
@@ -55,9 +75,11 @@ def _expected(finding: ErrorDetails) -> str:
         "model_type": "be a section with keys of its own",
         "model_attributes_type": "be a section with keys of its own",
         "tuple_type": "be a list",
-        "too_short": "hold at least one item",
         "string_pattern_mismatch": "start with a letter or digit and hold only letters, digits, '.', '_' and '-'",
     }
+    if finding["type"] == "too_short":
+        least = finding["ctx"]["min_length"]
+        return "hold at least one item" if least == 1 else f"hold at least {least} entries"
     return in_yaml_terms.get(finding["type"], message.removeprefix("Input should "))
 
 

@@ -64,19 +64,23 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def start(self, recipe: Mapping[str, Any], files: Mapping[str, bytes], *, after_epoch: int) -> None:
+    def start(self, recipe: Mapping[str, Any], files: Mapping[str, bytes], *, after_epoch: int | None) -> None:
         """Writes what is known from the start; of an earlier training, only what is resumed stays.
 
         Args:
             recipe: as resolved.
             files: of the data set, by name.
-            after_epoch: epochs that a resumed training has behind it, whose metrics stay.
+            after_epoch: epochs that a resumed training has behind it, whose metrics stay; None for one from the start.
         """
-        self._remove(self.diverged)
-        if not after_epoch:
+        if after_epoch is None:
+            # First: as long as it is there, --resume would continue the earlier training.
+            self._remove(self.last)
+        for path in (self.diverged, *self.path.glob("diverged-*.pt")):
+            self._remove(path)
+        if after_epoch is None:
             for path in (self.best, *self.path.glob("epoch-*.pt")):
                 self._remove(path)
-        lines = [json.dumps(entry) for entry in self._read_metrics() if entry["epoch"] <= after_epoch]
+        lines = [json.dumps(entry) for entry in self._read_metrics() if entry["epoch"] <= (after_epoch or 0)]
         self._write(self.metrics, "".join(f"{line}\n" for line in lines))
         self._write(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False))
         for name, content in files.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ from models.checkpoint import Checkpoint, load_weights
 from models.dataloader import build_loader
 from models.dataset import Dataset, Split
 from models.distributed import ALONE, Processes
+from models.errors import RecipeError
 from models.evaluation import ClassificationReport
 from models.optimization import build_optimizer, build_scheduler
 from models.provenance import git_revision, versions
-from models.recipe import Recipe
+from models.recipe import ConvnetSection, Recipe
 from models.reproducibility import restore_rng_state, rng_state
 from models.sampler import EvaluationSampler, TrainingSampler
 from models.splits import SplitName
 from models.trainer import EpochMetrics, StepMetrics, Trainer
 
 _EVALUATION_BATCH_SIZE = 256
+# Of one sample at one place there is no variance.
+_BATCH_NORM_SAMPLES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +79,7 @@ class Session:
         processes: those that train together.
 
     Raises:
-        RecipeError: when the batch size does not fit the data or the processes.
+        RecipeError: when the batch size does not fit the data, the processes or the model.
         ModelConfigError: when the model's options do not go together.
     """
 
@@ -100,7 +103,10 @@ class Session:
             rank=processes.rank,
             world_size=processes.world_size,
         )
+        _require_batch_norm(recipe, processes)
         self._loader = self._build_loader(dataset.train, self._sampler)
+        # Kept from epoch to epoch, as its workers are.
+        self._validation_loader = self._build_evaluation_loader(dataset.validation)
         self._trainer = self._build_trainer()
         self._best: dict[str, Any] = {}
         self._kept: list[tuple[float, float, int]] = []
@@ -154,7 +160,7 @@ class Session:
 
         self._sampler.set_position(self.epoch, skip=self.batches_done)
         train = self._trainer.train_epoch(self._loader, on_step=count)
-        validation = self._evaluate(self._dataset.validation)
+        validation = self._evaluate(self._validation_loader)
         self.epoch += 1
         self.batches_done = 0
         self._latest_validation = headline(validation)
@@ -173,9 +179,14 @@ class Session:
             seconds=time.perf_counter() - started,
         )
 
-    def resumable_checkpoint(self) -> Checkpoint:
-        """The state after the latest step; its metrics are those of the latest validation. All processes call it."""
+    def resumable_checkpoint(self, facts: Mapping[str, Any]) -> Checkpoint:
+        """The state after the latest step; its metrics are those of the latest validation. All processes call it.
+
+        Args:
+            facts: what the caller wants kept beside the session's own state, as plain values.
+        """
         training = {
+            **facts,
             "trainer": self._trainer.state_dict(),
             "batches_done": self.batches_done,
             "rng": self._processes.gather(rng_state(self._device)),
@@ -201,7 +212,7 @@ class Session:
         if self._recipe.trainer.final_weights == "best":
             epoch = self._best["epoch"]
             self._trainer.model.load_state_dict(self._best["state_dict"])
-        held_out = self._evaluate(self._dataset.held_out)
+        held_out = self._evaluate(self._build_evaluation_loader(self._dataset.held_out))
         checkpoint = self._checkpoint(headline(held_out), split="held_out", epoch=epoch, training=None)
         return checkpoint, held_out
 
@@ -258,7 +269,7 @@ class Session:
             processes=self._processes,
         )
 
-    def _evaluate(self, split: Split) -> ClassificationReport:
+    def _build_evaluation_loader(self, split: Split) -> "DataLoader[Any]":
         sampler = EvaluationSampler(
             len(split),
             batch_size=_EVALUATION_BATCH_SIZE,
@@ -266,7 +277,10 @@ class Session:
             rank=self._processes.rank,
             world_size=self._processes.world_size,
         )
-        return self._trainer.evaluate(self._build_loader(split, sampler), class_names=self._dataset.class_names)
+        return self._build_loader(split, sampler)
+
+    def _evaluate(self, loader: "DataLoader[Any]") -> ClassificationReport:
+        return self._trainer.evaluate(loader, class_names=self._dataset.class_names)
 
     def _checkpoint(
         self,
@@ -289,6 +303,23 @@ class Session:
             versions=self.versions,
             git_revision=self.git_revision,
             training=training,
+        )
+
+
+def _require_batch_norm(recipe: Recipe, processes: Processes) -> None:
+    """Refuses parts of a batch too small for batch normalisation.
+
+    Only whole batches are trained on (see `TrainingSampler`), so no part is smaller than this one.
+    """
+    trainer = recipe.trainer
+    smallest = trainer.batch_size // (trainer.accumulation * processes.world_size)
+    if isinstance(recipe.model, ConvnetSection) and smallest < _BATCH_NORM_SAMPLES:
+        least = _BATCH_NORM_SAMPLES * trainer.accumulation * processes.world_size
+        raise RecipeError(
+            f"trainer.batch_size is {trainer.batch_size}, and trainer.accumulation = {trainer.accumulation} in "
+            f"{processes.world_size} {'process' if processes.world_size == 1 else 'processes'} leaves parts of one "
+            f"sample, which batch normalisation cannot use; raise trainer.batch_size to {least} or lower "
+            "trainer.accumulation."
         )
 
 

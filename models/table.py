@@ -142,6 +142,9 @@ def _checked(row: RawRow, columns: Columns, known: frozenset[str] | None, *, cle
         if value and not value.isspace():
             parts.append(plain_text(value) if clean_html else value)
     text = columns.separator.join(parts)
+    if not isinstance(raw_label, str | int | None):  # not 1.0 either: which of its spellings would be the name?
+        kind = type(raw_label).__name__
+        return BadRow(row.line, f"has a label of type {kind} in the column {columns.label!r}, where text is expected")
     label = _label(raw_label)
     problem = _problem(text, label, columns, known)
     return Row(row.line, text, label) if problem is None else BadRow(row.line, problem)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import MultiHeadAttention
-from models.bag_of_tokens import BagOfTokens
+from models.bag_of_tokens import PAIR_MULTIPLIERS, BagOfTokens
 from models.blocks import EncoderLayer
 from models.checks import (
     require_arguments,
@@ -20,6 +20,7 @@ from models.checks import (
 from models.errors import ModelConfigError, ShapeError
 
 _EMBEDDING_STD = 0.02
+_MOST_PAIR_BUCKETS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,7 @@ class TextClassifierConfig:
     """Average the logits with those of a linear model over the tokens, which learns on its own beside the encoder."""
 
     pair_buckets: int = 0
-    """Rows of that linear model for pairs of neighbouring tokens; 0 for none."""
+    """Rows of that linear model for pairs of neighbouring tokens, up to ten million; 0 for none."""
 
     pad_id: int = 0
     """The token that fills a batch up to its longest text."""
@@ -76,7 +77,7 @@ class TextClassifierConfig:
         for name in ("hidden_dim", "num_layers", "num_heads", "intermediate_dim", "max_length"):
             require_integer(name, getattr(self, name), minimum=1)
         require_integer("pad_id", self.pad_id, minimum=0)
-        require_integer("pair_buckets", self.pair_buckets, minimum=0)
+        _require_pair_buckets(self.pair_buckets)
         require_dropout(self.dropout)
         require_dropout(self.token_dropout, name="token_dropout")
         if self.hidden_dim % self.num_heads:
@@ -96,6 +97,18 @@ class TextClassifierConfig:
             raise ModelConfigError(
                 f"pair_buckets is {self.pair_buckets}, and pairs are counted by the bag of tokens only; "
                 "set bag_of_tokens to true or pair_buckets to 0."
+            )
+
+
+def _require_pair_buckets(buckets: int) -> None:
+    require_integer("pair_buckets", buckets, minimum=0)
+    if buckets > _MOST_PAIR_BUCKETS:
+        raise ModelConfigError(f"pair_buckets is {buckets}; it must be at most {_MOST_PAIR_BUCKETS}.")
+    for multiplier in PAIR_MULTIPLIERS:
+        if buckets and buckets % multiplier == 0:
+            raise ModelConfigError(
+                f"pair_buckets is {buckets}, a multiple of {multiplier}, by which pairs are spread over the rows; "
+                f"take {buckets + 1}."
             )
 
 

@@ -1,6 +1,7 @@
 """Training steps: forwards, backwards, step; and the measuring of a model."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class EpochMetrics:
     """Mean over the epoch's samples, in nats: cross-entropy, and what `consistency` adds."""
 
     grad_norm: float
-    """Mean L2 norm of the gradient over the epoch's steps, before clipping."""
+    """Mean L2 norm of the gradient before clipping, over the steps that were taken: fp16 may skip some, or all (0)."""
 
     learning_rate: float
     """At the last step."""
@@ -48,7 +49,7 @@ class StepMetrics:
     """Mean over the batch, in nats: cross-entropy, and what `consistency` adds; of all processes together."""
 
     grad_norm: float
-    """L2 norm of the gradient before clipping."""
+    """L2 norm of the gradient before clipping; not finite when fp16 skipped the step."""
 
     learning_rate: float
     """Of this step."""
@@ -62,19 +63,21 @@ class _Sums:
     samples: int = 0
     grad_norm: float = 0.0
     steps: int = 0
+    """That were taken."""
     learning_rate: float = 0.0
 
     def add(self, metrics: StepMetrics, samples: int) -> None:
         self.loss += metrics.loss * samples
         self.samples += samples
-        self.grad_norm += metrics.grad_norm
-        self.steps += 1
+        if math.isfinite(metrics.grad_norm):  # a step that fp16 skips has none
+            self.grad_norm += metrics.grad_norm
+            self.steps += 1
         self.learning_rate = metrics.learning_rate
 
     def mean(self) -> EpochMetrics:
         return EpochMetrics(
             loss=self.loss / self.samples,
-            grad_norm=self.grad_norm / self.steps,
+            grad_norm=self.grad_norm / max(1, self.steps),
             learning_rate=self.learning_rate,
         )
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from models.assembly import build_dataset
-from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, save_checkpoint
 from models.dataset import Dataset
 from models.device import resolve_device
 from models.distributed import Processes, process_group, read_processes
-from models.errors import CheckpointFormatError, ResumeError, TrainingDivergedError
+from models.errors import TrainingDivergedError
 from models.evaluation import ClassificationReport
 from models.model_card import ModelCard, render_model_card
 from models.profiling import build_profiler
 from models.recipe import Recipe
 from models.reproducibility import reproducible
+from models.resumption import load_resumable
 from models.run_folder import RunFolder
-from models.runs import flatten
 from models.session import EpochReport, Session
 from models.tensor_file import write_tensor_file
 from models.tracking import Tracker, build_tracker, scalars
@@ -37,7 +37,7 @@ class TrainingResult:
     """A finished training."""
 
     checkpoint_path: Path
-    """The best epoch's weights."""
+    """The weights of `weights_epoch`, measured on the held-out split."""
 
     report: ClassificationReport
     """On the held-out split."""
@@ -61,7 +61,7 @@ class TrainingResult:
     """Bad rows that were left out."""
 
     seconds: float
-    """All of this call."""
+    """Of the whole training: a resumed one counts the time that its last.pt had behind it."""
 
     @property
     def accuracy(self) -> float:
@@ -135,7 +135,8 @@ class _Training:
     def __init__(
         self, recipe: Recipe, run: RunFolder, device: torch.device, processes: Processes, observer: Observer
     ) -> None:
-        self._started = time.perf_counter()
+        self._clock = time.perf_counter()
+        self._seconds_before = 0.0  # of earlier calls, when this one resumes
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._recipe = recipe
         self._run = run
@@ -149,11 +150,11 @@ class _Training:
         """Trains to the end."""
         session, run = self._session, self._run
         if resume:
-            session.restore(_load_resumable(run, self._recipe, self._processes), run.last)
+            self._restore(load_resumable(run, self._recipe, self._dataset, self._processes))
         resumed_after_epoch = session.epoch
         is_main = self._processes.is_main
         if is_main:
-            run.start(self._recipe.as_dict(), self._dataset.files, after_epoch=resumed_after_epoch)
+            run.start(self._recipe.as_dict(), self._dataset.files, after_epoch=resumed_after_epoch if resume else None)
             run.write_facts(self._facts("running", result=None))
             self._observer.on_start(session.total_steps, session.steps_done)
         tracker = self._build_tracker(after_epoch=resumed_after_epoch) if is_main else Tracker()
@@ -197,13 +198,24 @@ class _Training:
             self._run.keep_only(kept)
 
     def _save_resumable(self) -> None:
-        checkpoint = self._session.resumable_checkpoint()
+        checkpoint = self._session.resumable_checkpoint(
+            {"data_digest": self._dataset.digest, "started_at": self._started_at, "seconds": self._seconds()}
+        )
         if self._processes.is_main:
             save_checkpoint(checkpoint, self._run.last)
 
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._session.restore(checkpoint, self._run.last)
+        training = checkpoint.training or {}
+        self._started_at, self._seconds_before = training["started_at"], training["seconds"]
+
+    def _seconds(self) -> float:
+        """Of the training so far; what a killed call did after its last save is lost, and so is its time."""
+        return self._seconds_before + time.perf_counter() - self._clock
+
     def _finish(self, resumed_after_epoch: int) -> TrainingResult:
         checkpoint, report = self._session.final_checkpoint()
-        seconds = time.perf_counter() - self._started
+        seconds = self._seconds()
         if self._processes.is_main:
             result = {**report.as_dict(), "weights_epoch": checkpoint.epoch, "epochs": self._session.epoch}
             self._run.write_card(render_model_card(self._card(checkpoint, report, seconds)))
@@ -243,7 +255,8 @@ class _Training:
         }
         write_tensor_file(content, path)
         return TrainingDivergedError(
-            f"{error} The batch (training samples {shown}) and the weights before the step are in {path}.",
+            f"{error} The batch (training samples {shown}: places in the training split, counted from 0) and the "
+            f"weights before the step are in {path}.",
             step=error.step,
             batch=error.batch,
         )
@@ -279,7 +292,7 @@ class _Training:
             "precision": self._recipe.trainer.precision,
             "parameters": session.parameter_count,
             "started_at": self._started_at,
-            "seconds": round(time.perf_counter() - self._started, 3),
+            "seconds": round(self._seconds(), 3),
             "result": result,
         }
 
@@ -325,29 +338,3 @@ def _split_sizes(dataset: Dataset) -> dict[str, int]:
         "validation": len(dataset.validation),
         "held_out": len(dataset.held_out),
     }
-
-
-def _load_resumable(run: RunFolder, recipe: Recipe, processes: Processes) -> Checkpoint:
-    """Loads last.pt, if it belongs to this recipe and these processes.
-
-    Raises:
-        ResumeError: naming what differs.
-        CheckpointError: when last.pt cannot be read or holds no training state.
-    """
-    checkpoint = load_checkpoint(run.last)
-    before, now = dict(flatten(checkpoint.recipe)), dict(flatten(recipe.as_dict()))
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key):
-            raise ResumeError(
-                f"{run.path} was started with {key} = {before.get(key)}, and the recipe now says {now.get(key)}; "
-                "resume with the same recipe, or train into another folder with --out."
-            )
-    if checkpoint.training is None:
-        raise CheckpointFormatError(f"{run.last} holds no training state; train again without --resume.")
-    started_with = len(checkpoint.training["rng"])
-    if started_with != processes.world_size:
-        raise ResumeError(
-            f"{run.path} was started with {started_with} processes, and now there are {processes.world_size}; "
-            f"resume with --nproc {started_with}."
-        )
-    return checkpoint

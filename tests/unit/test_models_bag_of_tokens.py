@@ -161,6 +161,9 @@ def test_every_way_out_of_eager_mode_answers_alike(convert: str) -> None:
         ({"bag_of_tokens": False}, "pair_buckets is 97, and pairs are counted by the bag of tokens only"),
         ({"pair_buckets": -1}, "pair_buckets is -1"),
         ({"pair_buckets": 1.5}, "pair_buckets is 1.5"),
+        ({"pair_buckets": 10_000_001}, "pair_buckets is 10000001; it must be at most 10000000"),
+        ({"pair_buckets": 15838}, "pair_buckets is 15838, a multiple of 7919, .*; take 15839"),
+        ({"pair_buckets": 31337}, "pair_buckets is 31337, a multiple of 31337"),
         ({"bag_of_tokens": 1}, "bag_of_tokens is 1; it must be true or false"),
     ],
 )

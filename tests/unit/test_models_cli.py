@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from models import cli
-from models.errors import ModelsError
+from models.errors import ModelsError, TerminatedError
 
 TINY = ["model.widths=[4]", "model.blocks_per_stage=1", "trainer.batch_size=128", "trainer.epochs=1"]
 
@@ -56,6 +56,20 @@ def test_errors_are_for_the_user_and_leave_nothing_behind(tmp_path: Path) -> Non
 
     assert caught.value.user_facing
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_in_processes_that_is_told_to_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise TerminatedError("The training was ended by SIGTERM.", signal_number=15)
+
+    monkeypatch.setattr("models.launch.train_in_processes", end)
+    app = typer.Typer()
+    app.command()(cli.train)
+
+    result = CliRunner().invoke(app, ["digits", "--nproc", "2"])
+
+    assert result.exit_code == 143
+    assert "Error: The training was ended by SIGTERM." in result.output
 
 
 def test_help_needs_neither_torch_nor_scikit_learn() -> None:

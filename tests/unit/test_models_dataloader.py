@@ -91,7 +91,7 @@ def test_workers_are_for_samples_that_must_be_read(monkeypatch: pytest.MonkeyPat
 def test_a_batch_splits_into_almost_equal_parts() -> None:
     batch = collate([Sample(index, index) for index in range(7)])
 
-    assert [part.ids.tolist() for part in batch.split(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [part.ids.tolist() for part in batch.split(3)] == [[0, 1, 2], [3, 4], [5, 6]]
     assert [len(part) for part in batch.split(1)] == [7]
     assert [len(part) for part in batch.split(20)] == [1] * 7
     assert batch.split(2)[1].inputs["x"].tolist() == [4.0, 5.0, 6.0]

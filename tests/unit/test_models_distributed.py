@@ -1,18 +1,25 @@
 """Several processes train as one would: the same losses, one run folder, one clear error."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
+from models.assembly import build_dataset
 from models.checkpoint import load_checkpoint
 from models.distributed import ALONE, Processes, read_processes
 from models.errors import LaunchError
 from models.launch import train_in_processes
 from models.recipe import Recipe, load_recipe
+from models.reproducibility import reproducible
+from models.session import Session
 from models.training import train
 
 # Layer norm and no dropout: what differs between one process and two is the order of sums alone.
@@ -146,3 +153,90 @@ def test_a_single_training_has_the_same_bytes_however_it_is_started(tmp_path: Pa
 
     here, launched = ((tmp_path / name / "checkpoint.pt").read_bytes() for name in ("here", "launched"))
     assert here == launched
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is missing where RANK or WORLD_SIZE is set; start the processes with"),
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', which is no whole number"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is '', which is no whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, and WORLD_SIZE is 2; ranks count from 0"),
+    ],
+)
+def test_a_variable_that_is_missing_or_wrong_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(LaunchError, match=message):
+        read_processes()
+
+
+def test_a_launcher_of_one_process_a_machine_leaves_the_local_rank_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    assert read_processes() == Processes(rank=1, local_rank=0, world_size=2)
+
+
+def test_each_process_has_dropout_of_its_own() -> None:
+    recipe = tickets("data.count=400")
+    dataset, cpu = build_dataset(recipe), torch.device("cpu")
+    states, weights = [], []
+    for rank in (0, 1):
+        with reproducible(recipe.seed, cpu, threads=1):
+            session = Session(recipe, dataset, cpu, processes=StandIn(rank=rank, world_size=2))
+            states.append(torch.get_rng_state())
+            weights.append(session.weights()["classifier.weight"])
+
+    assert torch.equal(*weights)
+    assert not torch.equal(*states)
+
+
+class StandIn(Processes):
+    """One of two processes, without the other."""
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        return model
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "code", "sentence"),
+    [
+        (signal.SIGINT, False, 130, "Error: interrupted"),
+        (signal.SIGINT, True, 130, "Error: interrupted"),  # as a terminal does on Ctrl-C
+        (signal.SIGTERM, False, 143, "Error: The training was ended by SIGTERM; continue it with --resume."),
+    ],
+)
+def test_a_signal_ends_all_processes_with_one_sentence(
+    tmp_path: Path, number: signal.Signals, group: bool, code: int, sentence: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tickets("trainer.epochs=1000", "data.count=400").as_dict()))
+    with subprocess.Popen(
+        [*(sys.executable, "-m", "torchport", "train", str(path), "--nproc", "2", "--out", str(tmp_path / "run"))],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # the first epoch's line
+        (os.killpg if group else os.kill)(process.pid, number)
+        said = [line for line in process.stderr.read().splitlines() if not line.startswith("epoch ")]
+
+    assert said == [sentence]
+    assert process.returncode == code
+
+
+def test_the_launcher_leaves_no_signal_handlers_behind(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    train_in_processes(tickets("data.count=400", "trainer.epochs=1"), tmp_path / "run", processes=1)
+
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -39,7 +39,7 @@ def test_a_nan_is_dumped_with_its_step_and_samples(poisoned_sample: int, tmp_pat
 
     dump = torch.load(tmp_path / "diverged.pt", weights_only=True)
     assert f"at step {dump['step']}," in str(caught.value)
-    assert "training samples" in str(caught.value)
+    assert "places in the training split, counted from 0" in str(caught.value)
     assert str(tmp_path / "diverged.pt") in str(caught.value)
     assert dump["step"] == caught.value.step
     assert poisoned_sample in dump["ids"].tolist()

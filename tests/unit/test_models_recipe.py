@@ -182,7 +182,14 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         (["data.name=digit"], "data.name is 'digit' in -s data.name=digit; it must be one of digits, images"),
         (["data.path=x"], "There is no key data.path in a recipe"),
         (["data.name=images"], "has no data.path; add it, or set it with -s data.path=VALUE"),
-        (["data.name=text", "data.train=a.csv", "data.label_names={1: a}"], "data.label_names"),
+        (["data.name=text", "data.train=a.csv", "data.label_names={0: a, 1: b}"], 'quote the label: "0".'),
+        (["data.name=text", "data.train=a.csv", "data.label_names={}"], "it must hold at least 2 entries."),
+        (["data.skip_bad_rows=true"], "The data set digits has no rows to skip (-s data.skip_bad_rows=true); leave"),
+        (["data.name=tickets", "data.skip_bad_rows=true"], "The data set tickets has no rows to skip"),
+        (["data.name=images", "data.path=x", "data.clean_htm=true"], "valid keys are held_out_fraction, validation_f"),
+        (["model.hidden_dims=3"], "valid keys are name, widths, blocks_per_stage, dropout."),
+        (["trainer.final_weights=last", "trainer.early_stopping=3"], "trainer.early_stopping is 3, which ends"),
+        (["trainer.consistency=0.5", "model.dropout=0.0"], "trainer.consistency is 0.5, and the model has no dropout"),
         (["data=5"], "data is 5 in -s data=5; it must be a section"),
     ],
 )
@@ -192,6 +199,15 @@ def test_sections_that_do_not_go_together_are_named(overrides: list[str], expect
         load_recipe("digits", overrides)
 
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["model.dropout=0.1"], ["model.dropout=0.0", "model.token_dropout=0.1"]])
+def test_any_dropout_is_enough_for_consistency(overrides: list[str]) -> None:
+    assert load_recipe("tickets", ["trainer.consistency=1.0", *overrides]).trainer.consistency == 1
+
+
+def test_pairs_have_a_limited_number_of_rows() -> None:
+    assert "it must be less than or equal to 10000000" in failure("tickets", "model.pair_buckets=10000001")
 
 
 def test_the_data_decides_about_the_model_of_a_recipe_that_names_none(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_label_that_training_never_saw_names_its_line(write_table: WriteTable)
         (["cat", "dog"] * 3, {"held_out_rows": 6}, "held_out_rows is 6, and "),
         (["cat"] * 5 + ["dog"] * 5, {"held_out_rows": 5}, "The class 'dog' has too few samples"),
         (["cat", "dog"] * 20, {"label_names": {"cat": "a", "dog": "b", "emu": "c"}}, "The class 'c' has too few"),
-        (["cat", "dog"] * 20, {"label_names": {"cat": "a"}}, "line 3, has the unknown label 'dog'; known are cat"),
+        (["cat", "dog"] * 20, {"label_names": {"cat": "a", "emu": "c"}}, "the unknown label 'dog'; known are cat, emu"),
     ],
 )
 def test_rows_that_cannot_be_split_are_refused(
@@ -175,6 +175,9 @@ def test_a_class_without_training_texts_is_refused(write_table: WriteTable) -> N
         ({"held_out_path": "b", "held_out_rows": 3}, "both say what is held out; remove one of them."),
         ({"held_out_rows": 0}, "held_out_rows is 0; it must be at least 1."),
         ({"label_names": {"0": "bad", "1": "bad"}}, "gives the name 'bad' to several labels"),
+        ({"label_names": {"0": "bad", "1": ""}}, "gives the label '1' an empty name; name its class."),
+        ({"label_names": {}}, "label_names has 0 entries; a classifier needs two, so add some."),
+        ({"label_names": {"0": "bad"}}, "label_names has 1 entries"),
     ],
 )
 def test_a_source_is_checked(options: dict[str, object], message: str) -> None:
@@ -260,15 +263,30 @@ def test_the_data_set_says_what_model_and_signature_need(write_table: WriteTable
 
     assert dataset.model_arguments == {"vocab_size": 271, "max_length": 12, "num_classes": 2, "pad_id": 0}
     assert dataset.signature == text_classification_signature(
-        ("no", "yes"), tokenizer="tokenizer.json", max_length=12, pad_id=0
+        ("no", "yes"), tokenizer="tokenizer.json", vocab_size=271, max_length=12, pad_id=0
     )
     assert dataset.signature == {
         "format_version": 1,
         "task": "text-classification",
         "inputs": [
-            {"name": "input_ids", "dtype": "int64", "shape": ["batch", "length"]},
-            {"name": "attention_mask", "dtype": "int64", "shape": ["batch", "length"]},
+            {
+                "name": "input_ids",
+                "dtype": "int64",
+                "shape": ["batch", "length"],
+                "minimum": 0,
+                "maximum": 270,
+                "padding": 0,
+            },
+            {
+                "name": "attention_mask",
+                "dtype": "int64",
+                "shape": ["batch", "length"],
+                "minimum": 1,
+                "maximum": 1,
+                "padding": 0,
+            },
         ],
+        "axes": {"length": {"minimum": 1, "maximum": 12}},
         "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 2]}],
         "labels": ["no", "yes"],
         "preprocessing": {"text": {"tokenizer": "tokenizer.json", "max_length": 12, "pad_id": 0}},

@@ -1,6 +1,7 @@
 """The optimizer, the schedules and the training step."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -76,6 +77,29 @@ def test_weights_decay_and_biases_and_norms_do_not() -> None:
         "head.weight": 0.5,
         "head.bias": 0,
     }
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(2),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm3d(2),
+        nn.SyncBatchNorm(2),
+        nn.InstanceNorm1d(2, affine=True),
+        nn.InstanceNorm2d(2, affine=True),
+        nn.InstanceNorm3d(2, affine=True),
+        nn.LayerNorm(2),
+        nn.GroupNorm(1, 2),
+        nn.RMSNorm(2),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_no_parameter_of_any_norm_decays(norm: nn.Module) -> None:
+    groups = build_optimizer(norm, learning_rate=0.1, weight_decay=0.5).param_groups
+
+    assert [group["weight_decay"] for group in groups] == [0]
+    assert len(groups[0]["params"]) == len(list(norm.parameters())) > 0
 
 
 def test_decay_shrinks_a_weight_without_gradient_and_leaves_its_norm() -> None:
@@ -404,12 +428,32 @@ def test_fp16_leaves_out_steps_that_overflow_and_goes_on() -> None:
     scale = trainer.state_dict()["scaler"]["scale"]
     seen: list[torch.Tensor] = []
 
-    trainer.train_epoch(batches, on_step=lambda _: seen.append(model.weight.detach().clone()))
+    norms: list[float] = []
+
+    def remember(metrics: StepMetrics) -> None:
+        seen.append(model.weight.detach().clone())
+        norms.append(metrics.grad_norm)
+
+    epoch = trainer.train_epoch(batches, on_step=remember)
+
+    assert [math.isfinite(norm) for norm in norms] == [False, False, True]
+    assert epoch.grad_norm == norms[2]
 
     assert torch.equal(seen[0], before)
     assert torch.equal(seen[1], before)
     assert not torch.equal(seen[2], before)
     assert trainer.state_dict()["scaler"]["scale"] == scale / 4
+
+
+def test_an_epoch_of_nothing_but_skipped_steps_has_finite_figures() -> None:
+    model = Overflowing(2, 2)
+    model.overflows = 3
+    batches = in_batches(torch.randn(12, 2), torch.tensor([0, 1] * 6), batch_size=4)
+
+    epoch = make_trainer(model, precision="fp16").train_epoch(batches)
+
+    assert epoch.grad_norm == 0
+    assert math.isfinite(epoch.loss)
 
 
 def test_fp16_that_overflows_without_end_has_diverged() -> None:
@@ -431,6 +475,20 @@ def test_each_step_is_told() -> None:
     assert {metrics.learning_rate for metrics in told} == {0.5}
     assert epoch.loss == pytest.approx(sum(metrics.loss for metrics in told) / 3)
     assert epoch.grad_norm == pytest.approx(sum(metrics.grad_norm for metrics in told) / 3)
+
+
+def test_steps_skipped_in_a_row_are_counted_across_a_restore() -> None:
+    batches = in_batches(torch.randn(400, 2), torch.tensor([0, 1] * 200), batch_size=4)
+    models = [Overflowing(2, 2), Overflowing(2, 2)]
+    for model in models:
+        model.overflows = 1000
+    first, second = (make_trainer(model, precision="fp16") for model in models)
+    first.train_epoch(batches[:10])
+
+    second.load_state_dict(first.state_dict())
+
+    with pytest.raises(TrainingDivergedError, match="at step 26"):
+        second.train_epoch(batches)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
