@@ -44,7 +44,7 @@ class Checkpoint:
 
     Attributes:
         sha256: Digest of the file.
-        module: The reference model, in eval mode, on the CPU, in float32.
+        module: The reference model, in eval mode, on the CPU, in float32; what is float64 in it stays so.
         signature: What the model takes and gives; no artifact yet.
         factory: Import path ``package.module:function`` that built the module.
         config: Keyword arguments of the factory.
@@ -266,4 +266,29 @@ def _build_module(factory: str, config: dict[str, Any], state: dict[str, Any], p
         load_weights(module, state)
     except CheckpointError as error:
         raise CheckpointError(f"the weights in {path} do not fit {factory}: {error}") from error
-    return module.float().eval()
+    _check_held(module, state, factory, path)
+    _widen(module)
+    return module.eval()
+
+
+def _check_held(module: torch.nn.Module, state: Mapping[str, Any], factory: str, path: Path) -> None:
+    """Refuse float64 weights that lost digits when they were copied into a module of fewer."""
+    held = module.state_dict()
+    for name, given in state.items():
+        kept = held.get(name)
+        if not isinstance(given, torch.Tensor) or given.dtype != torch.float64 or not isinstance(kept, torch.Tensor):
+            continue
+        if not torch.allclose(kept.double(), given, rtol=0, atol=0, equal_nan=True):
+            kind = str(kept.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"the weights in {path} do not fit {factory}: {shown(name)} is float64, and {kind}, in which the "
+                "module holds it, has too few digits for it; build the module with .double(), or convert the weights "
+                "with .float() first and check that the model is as good"
+            )
+
+
+def _widen(module: torch.nn.Module) -> None:
+    """To float32, in place, what has fewer digits than that; float64 stays what it is."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            tensor.data = tensor.data.float()

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.cases import MAX_POSITIONS, random_cases, samples_of_size
-from export.errors import ExportError
+import numpy as np
+
+from export.cases import MAX_POSITIONS, extreme_cases, random_cases, samples_of_size
+from export.comparison import is_finite
+from export.errors import CheckpointError, ExportError
 from export.evaluation import LabelledRequest
 from export.gates import Comparison, GateResult
 from export.inputs import SEED, random_samples
@@ -94,7 +97,72 @@ def random_gates(served: ServedModel, evidence: Evidence, thresholds: Thresholds
         if actual is not None:
             comparison.add(case.name, case.samples, expected, actual)
     ranking = comparison.ranking_gate("top-1 on random inputs")
-    return [*comparison.results(), *([ranking] if ranking is not None else [])]
+    extremes = extremes_gate(served, evidence.reference, thresholds, comparison.sizes)
+    return [*comparison.results(), *([ranking] if ranking is not None else []), extremes]
+
+
+def extremes_gate(
+    served: ServedModel, reference: Reference, thresholds: Thresholds, sizes: Mapping[str, float]
+) -> GateResult:
+    """Compare on inputs that random ones do not hit, where a branch on values may go the other way.
+
+    Outputs there have no spread that means anything, and rounding may be amplified, as in the normalisation of a
+    constant: differences count as a share of the outputs' size, and ranks and whole numbers do not count.
+
+    Args:
+        served: What is to be checked.
+        reference: What is right. Where it fails or is not finite, nothing is.
+        thresholds: What is allowed.
+        sizes: Root mean square of each output that has distances, on random inputs.
+    """
+    signature = served.signature
+    gate, bound = "extreme inputs", _extreme_bound(thresholds)
+    worst, where, compared = 0.0, "", 0
+    faults = Comparison(signature, thresholds)
+    for case in extreme_cases(signature):
+        batch = batching.stack(case.samples, signature)
+        try:
+            expected = reference.run(batch)
+        except CheckpointError:
+            continue
+        if not is_finite(expected):
+            continue
+        compared += 1
+        actual = run_artifact(served, batch, faults, case.name)
+        if actual is not None:
+            faults.add(case.name, case.samples, expected, actual)
+        found = _largest_share(expected, actual or {}, sizes)
+        if found > worst:
+            worst, where = found, f" ({case.name})"
+    if compared:
+        outputs = faults.outputs_gate(gate)
+        if not outputs.passed:
+            return outputs
+    passed = worst <= bound
+    detail = f"differences are up to {worst:.2g} of the outputs' size in {compared} batches at the limits{where}"
+    if not passed:
+        detail += (
+            "; if the model branches on the values of its inputs, use --method script or --format eager, or write the "
+            "branch with torch.where"
+        )
+    return GateResult(gate=gate, passed=passed, measured=worst, bound=bound, detail=detail)
+
+
+def _extreme_bound(thresholds: Thresholds) -> float:
+    """Far more than clean artifacts differ by, and less than a branch that went the other way."""
+    return 2 * thresholds.random_noise if thresholds.atol is None else 10 * (thresholds.atol + thresholds.rtol)
+
+
+def _largest_share(expected: TensorBatch, actual: Mapping[str, Array], sizes: Mapping[str, float]) -> float:
+    """Root mean square of the differences of the worst output, as a share of its size here or on random inputs."""
+    shares = [0.0]
+    for name, size in sizes.items():
+        right, found = expected[name].astype(np.float64), actual.get(name)
+        if found is None or found.shape != right.shape or not right.size:
+            continue
+        scale = max(size, float(np.sqrt(np.square(right).mean()))) or 1.0
+        shares.append(float(np.sqrt(np.square(found.astype(np.float64) - right).mean())) / scale)
+    return max(shares)
 
 
 def run_artifact(

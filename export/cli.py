@@ -105,6 +105,7 @@ def export(
 ) -> dict[str, Any]:
     """Convert a checkpoint, compare the artifact with it, and pack an archive only if they agree."""
     from export.errors import ExportError, GateError  # noqa: PLC0415
+    from export.options import resolve_thresholds  # noqa: PLC0415
     from export.pipeline import ExportOptions, export_archive  # noqa: PLC0415  # torch takes seconds to import
     from export.table import Columns  # noqa: PLC0415
     from export.yaml_file import read_arguments  # noqa: PLC0415
@@ -156,6 +157,8 @@ def export(
         raise
     console = Console()
     console.print(_gate_table(written.gates, title))
+    if looser := resolve_thresholds(options, options.precision).looser_than_defaults(options.precision):
+        console.print(looser, soft_wrap=True)
     _say_what_was_written(console, written)
     return {"ok": True, **written.to_document()}
 

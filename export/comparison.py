@@ -20,12 +20,19 @@ Sample = Mapping[str, Array]
 _LEAST_SPREAD = 0.1
 
 
+# Outputs of more channels than this are like images, whose channels have no meanings of their own.
+_MOST_CHANNELS = 4096
+# Rounding of a channel's neighbours, as a share of the whole output's root mean square: a layer's matrix product.
+_CHANNEL_ROUNDING = 8 * float(np.finfo(np.float32).eps)
+
+
 @dataclass(slots=True)
 class _Case:
     """Differences of one output in one kind of batches."""
 
     squares: float = 0.0
     values: int = 0
+    channels: NDArray[np.float64] | float = 0.0
 
 
 class _Spread:
@@ -34,32 +41,46 @@ class _Spread:
     def __init__(self) -> None:
         self._rows = 0
         self._mean: NDArray[np.float64] | None = None
-        self._deviations = 0.0
-        self._squares = 0.0
+        self._deviations: NDArray[np.float64] = np.zeros(1)
+        self._squares: NDArray[np.float64] = np.zeros(1)
         self._values = 0
 
     def add(self, rows: NDArray[np.float64]) -> None:
         """Take in ``[rows, channels]``."""
         count = len(rows)
         mean = rows.mean(axis=0)
-        self._squares += _squares(rows)
+        self._squares = self._squares + np.square(rows).sum(axis=0)
         self._values += rows.size
-        self._deviations += _squares(rows - mean)
+        self._deviations = self._deviations + np.square(rows - mean).sum(axis=0)
         if self._mean is None:
             self._mean = mean
         else:
             shift = mean - self._mean
-            self._deviations += _squares(shift) * self._rows * count / (self._rows + count)
+            self._deviations += np.square(shift) * (self._rows * count / (self._rows + count))
             self._mean = self._mean + shift * (count / (self._rows + count))
         self._rows += count
 
     def value(self) -> float:
         """The spread; where nothing varies a share of the values' own size, and 1 where all are 0."""
-        size = math.sqrt(_mean(self._squares, self._values))
-        spread = math.sqrt(_mean(self._deviations, self._values))
+        spread = math.sqrt(_mean(float(self._deviations.sum()), self._values))
         if self._rows < 2:
-            return size or 1.0
-        return max(spread, _LEAST_SPREAD * size) or 1.0
+            return self.size or 1.0
+        return max(spread, _LEAST_SPREAD * self.size) or 1.0
+
+    @property
+    def size(self) -> float:
+        """Root mean square of all values."""
+        return math.sqrt(_mean(float(self._squares.sum()), self._values))
+
+    def of_channels(self, count: int) -> NDArray[np.float64]:
+        """The same for each entry of a last axis of ``count`` entries; it may be 0."""
+        values = max(1, self._values // count)
+        sizes, spreads = (
+            np.sqrt(np.broadcast_to(sums.reshape(-1, count).sum(axis=0), count) / values)
+            for sums in (self._squares, self._deviations)
+        )
+        least: NDArray[np.float64] = np.maximum(spreads, _LEAST_SPREAD * sizes) if self._rows > 1 else sizes
+        return least
 
 
 @dataclass(slots=True)
@@ -111,6 +132,8 @@ class Differences:
             squares = _squares(difference)
             tally.squares += squares
             tally.values += right.size
+            if self.channels:
+                tally.channels = tally.channels + np.square(difference).reshape(-1, self.channels).sum(axis=0)
             self._worst_sample = max(self._worst_sample, squares / right.size)
             self.largest = max(self.largest, float(difference.max()))
             if thresholds.atol is not None:
@@ -128,6 +151,38 @@ class Differences:
     def spread(self) -> float:
         """Root mean square by which the expected values differ from sample to sample, never 0."""
         return self._spread.value()
+
+    @property
+    def size(self) -> float:
+        """Root mean square of the expected values."""
+        return self._spread.size
+
+    @property
+    def channels(self) -> int:
+        """Entries of the last axis, each of which may have a scale of its own; 0 where there are no such."""
+        last = self.spec.shape[-1] if len(self.spec.shape) > 1 else 1
+        return last if isinstance(last, int) and 1 < last <= _MOST_CHANNELS else 0
+
+    def worst_channel(self, bound: float) -> tuple[int, float]:
+        """The channel with the greatest noise, and that noise as a share of the spread of this channel alone.
+
+        Args:
+            bound: The noise that a channel may have. Channels that vary by so little that it is less than the
+                rounding of the whole output are held to that rounding instead.
+        """
+        if not self.channels or not self.compared:
+            return 0, 0.0
+        floor = _CHANNEL_ROUNDING * self.size / max(bound, _CHANNEL_ROUNDING)
+        spreads = np.maximum(self._spread.of_channels(self.channels), floor)
+        spreads = np.where(spreads > 0, spreads, 1.0)
+        cases = [
+            np.sqrt(np.asarray(case.channels) / (case.values // self.channels)) / spreads
+            for case in self._cases.values()
+            if case.values
+        ]
+        noise = np.max(cases, axis=0)
+        worst = int(noise.argmax())
+        return worst, float(noise[worst])
 
     @property
     def noise(self) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from export.inspection import UNSIGNED, VERIFIED, Inspection
+from export.thresholds import Thresholds
 from handlers.signature import Signature
 from handlers.tensors import TensorSpec
 
@@ -32,6 +34,7 @@ def describe(inspection: Inspection) -> list[tuple[str, str]]:
         ("checkpoint", f"sha256 {checkpoint['sha256']}, git {checkpoint.get('git_revision') or 'unknown'}"),
         ("metrics", _pairs({name: f"{value:.4g}" for name, value in checkpoint["metrics"].items()}) or "none"),
         *((f"gate: {gate['gate']}", gate["detail"]) for gate in provenance["gates"]),
+        *_thresholds(signature, provenance),
         ("versions", _pairs(provenance["versions"])),
         ("model card", "yes" if inspection.model_card else "none"),
         ("licence", "yes" if inspection.licence else "none"),
@@ -47,6 +50,15 @@ def _artifact(signature: Signature) -> list[tuple[str, str]]:
     if artifact.requires:
         rows.append(("requires", _pairs(artifact.requires)))
     return rows
+
+
+def _thresholds(signature: Signature, provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    recorded = provenance.get("thresholds")
+    if signature.artifact is None or not isinstance(recorded, Mapping):
+        return []
+    precision = signature.artifact.precision
+    looser = Thresholds.from_document(recorded, precision).looser_than_defaults(precision)
+    return [("thresholds", looser)] if looser else []
 
 
 def _tensors(specs: Sequence[TensorSpec]) -> str:

@@ -26,6 +26,9 @@ _SHOWN_FAULTS = 3
 _TIE_WIDTH = 4.0
 # How much more than all samples together any one may differ.
 _OUTLIER = 5.0
+# How much more than the whole output any one channel may differ: clean ones differ in how they amplify rounding, and
+# one that is wrong differs by as much as it varies.
+_CHANNEL = 200.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +153,11 @@ class Comparison:
         differences = self._differences[0]
         return min(_TIE_WIDTH * differences.noise, 2 * self._noise) * differences.spread
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Root mean square of what is right, by the name of each output that has distances."""
+        return {one.spec.name: one.size for one in self._floats()}
+
     def outputs_gate(self, gate: str) -> GateResult:
         """Whether every batch ran and gave finite outputs of the right form."""
         shown = "; ".join(self._faults[:_SHOWN_FAULTS])
@@ -186,11 +194,19 @@ class Comparison:
         outlier = max(floats, key=lambda one: one.outlier)
         detail = f"differences are {worst.noise:.2g} of what outputs vary by{self._of(worst)} ({worst.worst_case})"
         outlier_bound = _OUTLIER * self._noise
+        channel_bound = min(1.0, _CHANNEL * self._noise)
+        channels = [(*one.worst_channel(channel_bound), one) for one in floats] if self._is_exact else []
+        channel, channel_noise, of = max(channels, key=lambda item: item[1], default=(0, 0.0, worst))
         if outlier.outlier > outlier_bound:
             detail += f", and {outlier.outlier:.2g} for one sample, where {outlier_bound:g} is allowed"
+        if channel_noise > channel_bound:
+            detail += (
+                f", and those of channel {channel}{self._of(of)} {channel_noise:.2g} of what it varies by itself, "
+            )
+            detail += f"where {channel_bound:g} is allowed"
         return GateResult(
             gate=gate,
-            passed=worst.noise <= self._noise and outlier.outlier <= outlier_bound,
+            passed=worst.noise <= self._noise and outlier.outlier <= outlier_bound and channel_noise <= channel_bound,
             measured=worst.noise,
             bound=self._noise,
             detail=detail,
@@ -218,13 +234,17 @@ class Comparison:
         clear = [same for lead, same in self._margins if lead > self.tie_width]
         share = sum(clear) / len(clear) if clear else 1.0
         ties = len(self._margins) - len(clear)
+        detail = f"the same class ranks first for {sum(clear)} of {len(clear)} samples"
+        if ties:
+            detail += f"; {ties} more are too close to call"
+        if not clear:
+            detail = f"could not be judged: all {ties} samples are too close to call"
         return GateResult(
             gate=gate,
             passed=share >= self._thresholds.agreement,
             measured=share,
             bound=self._thresholds.agreement,
-            detail=f"the same class ranks first for {sum(clear)} of {len(clear)} samples"
-            + (f"; {ties} more are too close to call" if ties else ""),
+            detail=detail,
         )
 
     def results(self, suffix: str = "") -> list[GateResult]:
@@ -236,6 +256,11 @@ class Comparison:
             self.equality_gate(f"equality{suffix}"),
         )
         return [gate for gate in gates if gate is not None]
+
+    @property
+    def _is_exact(self) -> bool:
+        # Lower precisions may round small channels away beside large ones.
+        return self._thresholds.atol is not None
 
     def _floats(self) -> list[Differences]:
         return [one for one in self._differences if one.is_float and one.compared]

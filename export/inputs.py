@@ -133,11 +133,23 @@ def _values(spec: TensorSpec, sizes: Mapping[str, int], generator: np.random.Gen
         # Never beyond the bounds, which rounding to float32 might cross.
         values = np.clip(generator.uniform(low, high, shape).astype(spec.numpy_dtype), low, high)
         return np.asarray(values, dtype=spec.numpy_dtype)
-    low, high = (0.0, 1.0) if spec.dtype == "bool" else (-np.inf, np.inf)
-    low = low if spec.minimum is None else spec.minimum
-    high = high if spec.maximum is None else spec.maximum
+    low, high = _integer_range(spec)
     integers = generator.integers(int(low), int(high), shape, dtype=np.int64, endpoint=True)
     return integers.astype(spec.numpy_dtype)
+
+
+def value_range(signature: Signature, spec: TensorSpec) -> tuple[Array, Array]:
+    """The least and the greatest value that random samples may have: numbers, or ``[channels, 1, 1]`` of images."""
+    if signature.image is not None:
+        mean, std = (np.asarray(one).reshape(-1, 1, 1) for one in (signature.image.mean, signature.image.std))
+        return (0 - mean) / std, (1 - mean) / std
+    low, high = _float_range(spec) if spec.dtype.startswith("float") else _integer_range(spec)
+    return np.asarray(low), np.asarray(high)
+
+
+def _integer_range(spec: TensorSpec) -> tuple[float, float]:
+    low, high = (0.0, 1.0) if spec.dtype == "bool" else (-np.inf, np.inf)
+    return low if spec.minimum is None else spec.minimum, high if spec.maximum is None else spec.maximum
 
 
 def _float_range(spec: TensorSpec) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ from handlers.errors import RequestError
 from handlers.model import DEFAULT_MAX_BATCH, Answer, ServedModel
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
+
+# With fewer samples chance alone may put a good model below the commonest class.
+_LEAST_JUDGED = 20
+_SHOWN_CLASSES = 3
 
 ON_DATA = " on evaluation data"
 
@@ -121,6 +126,7 @@ class _Tally:
         self._right = 0
         self._reference_right = 0
         self._loss = 0.0
+        self._confusion: Counter[tuple[int, int]] = Counter()
 
     def add(self, request: LabelledRequest, expected: Sample, answer: Answer) -> None:
         """Count one request; one that failed counts as wrong."""
@@ -130,6 +136,7 @@ class _Tally:
         self._ranked.append((margin(logits), answered == first))
         if request.label is not None:
             self._labelled += 1
+            self._confusion[request.label, first] += 1
             self._right += answered == request.label
             self._reference_right += first == request.label
             self._loss += _cross_entropy(logits, request.label)
@@ -148,6 +155,9 @@ class _Tally:
         results = [self._agreement(tie_width, thresholds)]
         if self._labelled:
             results.append(self._accuracy(thresholds))
+            floor = self._least_accuracy(thresholds)
+            if floor is not None:
+                results.append(floor)
             if "accuracy" in trained:
                 results.append(self._training_accuracy(float(trained["accuracy"]), thresholds, own_data=own_data))
             if own_data and "loss" in trained and trained.get("samples", self._labelled) == self._labelled:
@@ -189,6 +199,44 @@ class _Tally:
             bound=bound,
             detail=f"{self._right} of {self._labelled} right, {accuracy:.4f}; the checkpoint {reference:.4f}",
         )
+
+    def _least_accuracy(self, thresholds: Thresholds) -> GateResult | None:
+        """Whether the checkpoint itself is any good; None where the data cannot tell."""
+        classes: Counter[int] = Counter()
+        for (label, _), count in self._confusion.items():
+            classes[label] += count
+        commonest, most = classes.most_common(1)[0]
+        accuracy, given = self._reference_right / self._labelled, thresholds.least_accuracy
+        if given is None and (len(classes) < 2 or self._labelled < _LEAST_JUDGED):
+            return None
+        bound = most / self._labelled if given is None else given
+        passed = accuracy > bound if given is None else accuracy >= bound
+        detail = f"the checkpoint is right for {self._reference_right} of {self._labelled}"
+        detail += (
+            f", and always answering {self._named(commonest)} would be for {most}"
+            if given is None
+            else f", {accuracy:.4f}; the least is {bound:g}"
+        )
+        if not passed:
+            detail += f": labels, preprocessing or weights are wrong{self._permutation(bound)}"
+        return GateResult(gate="least accuracy", passed=passed, measured=accuracy, bound=bound, detail=detail)
+
+    def _permutation(self, bound: float) -> str:
+        """Another order of the labels that would explain the answers, in words; empty if there is none."""
+        answers: dict[int, tuple[int, int]] = {}  # by label: how often its commonest answer came, and that answer
+        for (label, answer), count in self._confusion.items():
+            answers[label] = max(answers.get(label, (0, 0)), (count, answer))
+        right = sum(count for count, _ in answers.values())
+        moved = [(label, answer) for label, (_, answer) in sorted(answers.items()) if label != answer]
+        is_permutation = len({answer for _, answer in answers.values()}) == len(answers)
+        if not moved or not is_permutation or right <= max(bound, 0.5) * self._labelled:
+            return ""
+        shown = ", ".join(f"{self._named(a)} as {self._named(b)}" for a, b in moved[:_SHOWN_CLASSES])
+        more = f" and {len(moved) - _SHOWN_CLASSES} more" if len(moved) > _SHOWN_CLASSES else ""
+        return f"; with the labels in another order {right} would be right (it answers {shown}{more})"
+
+    def _named(self, label: int) -> str:
+        return repr(self._labels[label]) if label < len(self._labels) else f"class {label}"
 
     def _training_accuracy(self, trained: float, thresholds: Thresholds, *, own_data: bool) -> GateResult:
         accuracy = self._reference_right / self._labelled

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from handlers.signature import Signature
 from handlers.tensors import Array, TensorSpec
 
 LABELS = "labels"
+# Of all arrays together, unpacked: a small file can unpack to more than any memory holds.
+_MAX_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +82,28 @@ def read_tensors(path: Path, signature: Signature) -> Iterator[TensorRow]:
 def _load(path: Path) -> dict[str, Array]:
     try:
         # Opened here: NumPy leaves a file open that turns out to be no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with path.open("rb") as file:
+            _check_size(path, file)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+    except EvaluationError:
+        raise
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen unrelated types on damaged files
         raise EvaluationError(f"{path} is damaged or not an .npz file; write it with numpy.savez") from error
+
+
+def _check_size(path: Path, file: IO[bytes]) -> None:
+    """Refuse what would fill the memory; zipfile unpacks no more of an entry than its header says."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MAX_BYTES:
+        raise EvaluationError(
+            f"{path} unpacks to {size / (1 << 30):.1f} GiB, and at most {_MAX_BYTES >> 30} GiB are read; "
+            "give fewer samples"
+        )
+    file.seek(0)
 
 
 def _fitted(path: Path, arrays: dict[str, Array], spec: TensorSpec) -> Array:

@@ -6,6 +6,7 @@ The defaults stand between what clean exports were measured to do and what fault
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Thresholds:
             allows for one borderline sample in a few hundred, where another machine rounds differently.
         loss_drift: Largest relative change of the mean cross-entropy against what training measured on the same
             samples.
+        least_accuracy: Least accuracy of the checkpoint itself on labelled evaluation data, as a share of 1. None: it
+            must exceed that of always answering the commonest class, given 20 samples of two classes.
         slowdown: Greatest time for a batch, as a multiple of the fp32 artifact's. It allows for the scatter of the
             measurement.
     """
@@ -49,6 +52,7 @@ class Thresholds:
     metric_drop: float = 0.005
     training_drop: float = 0.005
     loss_drift: float = 0.01
+    least_accuracy: float | None = None
     slowdown: float = 1.05
 
     @classmethod
@@ -56,9 +60,42 @@ class Thresholds:
         """The defaults for a precision."""
         return _DEFAULTS[precision]
 
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], precision: str) -> Thresholds:
+        """What :meth:`to_document` gave; fields that are absent or no numbers have the defaults of the precision."""
+        names = {field.name for field in fields(cls)}
+        known = {
+            name: value
+            for name, value in document.items()
+            if name in names and ((value is None and name in _OPTIONAL) or type(value) in (int, float))
+        }
+        return replace(cls.of(precision), **known)
+
     def to_document(self) -> dict[str, Any]:
         """The JSON form."""
         return asdict(self)
+
+    def looser_than_defaults(self, precision: str) -> str | None:
+        """What lets more through than the defaults of a precision, in one line; None if nothing does."""
+        defaults = Thresholds.of(precision)
+        looser = [
+            f"{field.name} {_shown(value)} (default {_shown(default)})"
+            for field in fields(self)
+            if _is_looser(field.name, value := getattr(self, field.name), default := getattr(defaults, field.name))
+        ]
+        return f"thresholds looser than the defaults: {', '.join(looser)}" if looser else None
+
+
+def _is_looser(name: str, value: float | None, default: float | None) -> bool:
+    if name == "least_accuracy":  # a number replaces a floor that follows from the data
+        return value is not None
+    if value is None or default is None:  # what is None is not compared
+        return value is None and default is not None
+    return value < default if name == "agreement" else value > default
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 # Measured on clean exports, trained and with fresh weights, on evaluation data and on random inputs: fp32 up to 1e-6
@@ -71,7 +108,18 @@ _DEFAULTS = {
     "fp16": _HALF,
     "int8": Thresholds(atol=None, noise=0.1, random_noise=0.5, agreement=0.98, metric_drop=0.01),
 }
-_SHARES = ("agreement", "metric_drop", "training_drop")
+# The most that each may be: beyond it the gate could not fail.
+_GREATEST = {
+    "agreement": 1,
+    "metric_drop": 1,
+    "training_drop": 1,
+    "least_accuracy": 1,
+    "noise": 1,
+    "random_noise": 1,
+    "slowdown": 100,
+}
+# Those that can be None.
+_OPTIONAL = ("atol", "least_accuracy")
 
 
 def load_thresholds(path: Path, precision: str) -> Thresholds:
@@ -107,12 +155,13 @@ def _changes(section: Section) -> dict[str, Any]:
     for field in fields(Thresholds):
         if section.has(field.name):
             value = section.number(field.name)
-            if value < 0 or (field.name in _SHARES and value > 1):
-                bounds = "from 0 to 1" if field.name in _SHARES else "at least 0"
+            greatest = _GREATEST.get(field.name)
+            if value < 0 or (greatest is not None and value > greatest):
+                bounds = "at least 0" if greatest is None else f"from 0 to {greatest}"
                 raise SignatureError(f"the threshold {field.name!r} is {value:g}; it must be {bounds}")
             changes[field.name] = value
         elif field.name in section.names():
-            if field.name != "atol":  # the only one that can be left out of the comparison
+            if field.name not in _OPTIONAL:
                 raise SignatureError(f"the threshold {field.name!r} is empty; give a number, or remove it")
             changes[field.name] = None
     section.finish()

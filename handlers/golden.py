@@ -65,12 +65,13 @@ class GoldenSet:
 
     Attributes:
         rtol: Relative tolerance of the comparison.
-        atol: Absolute tolerance of the comparison, in units of the output.
+        atol: Absolute tolerance of the comparison for each output of the model, in units of that output; 0 for what
+            is counted, not measured.
         samples: The samples, in order.
     """
 
     rtol: float
-    atol: float
+    atol: Mapping[str, float]
     samples: tuple[GoldenSample, ...]
 
     @classmethod
@@ -93,19 +94,28 @@ class GoldenSet:
             SignatureError: If it breaks its schema.
         """
         root = Section(document, "golden")
+        atol = root.section("atol")
         golden = cls(
             rtol=root.number("rtol"),
-            atol=root.number("atol"),
+            atol={name: atol.number(name) for name in atol.names()},
             samples=tuple(GoldenSample.from_section(item) for item in root.sections("samples")),
         )
+        atol.finish()
         root.finish()
+        for sample in golden.samples:
+            for name in sample.outputs.keys() - golden.atol.keys():
+                raise SignatureError(f"golden.atol has no tolerance for the output {name!r}; export the model again")
         if not golden.samples:
             raise SignatureError("golden.samples is empty; an archive without golden samples cannot be trusted")
         return golden
 
     def to_document(self) -> dict[str, Any]:
         """The JSON form; :meth:`from_document` reads it back."""
-        return {"rtol": self.rtol, "atol": self.atol, "samples": [sample.to_document() for sample in self.samples]}
+        return {
+            "rtol": self.rtol,
+            "atol": dict(self.atol),
+            "samples": [sample.to_document() for sample in self.samples],
+        }
 
     def check(self, folder: Path, outputs: Sequence[Mapping[str, Array]], labels: Sequence[str | None]) -> float:
         """Compare a replay with the recorded answers.
@@ -141,15 +151,17 @@ class GoldenSet:
         if expected.dtype.kind not in "biuf" or (expected.dtype.kind == "f") != (output.dtype.kind == "f"):
             raise GoldenError(f"{file}: {name} is {output.dtype}, expected {expected.dtype}")
         expected = expected.astype(np.float64)
-        with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, which fails below
+        if not np.isfinite(expected).all():
+            raise GoldenError(f"{file}: the expected {name} holds infinity or NaN; export the model again")
+        with np.errstate(over="ignore"):  # infinity fails below
             differences = np.abs(output.astype(np.float64) - expected)
         difference = float(differences.max(initial=0.0))
         # Numbers that are not measured but counted must be the same.
         exact = output.dtype.kind != "f"
-        bound = 0.0 if exact else self.atol + self.rtol * np.abs(expected)
+        bound = 0.0 if exact else self.atol[name] + self.rtol * np.abs(expected)
         # Not written as `differences > bound`: a NaN must fail.
         if not np.all(differences <= bound):
-            allowed = "0" if exact else f"atol {self.atol:g} + rtol {self.rtol:g}"
+            allowed = "0" if exact else f"atol {self.atol[name]:g} + rtol {self.rtol:g}"
             raise GoldenError(
                 f"{file}: {name} differs from the checkpoint's by up to {difference:.3g}, more than "
                 f"{allowed} allow; this machine does not compute what was exported"

@@ -168,6 +168,77 @@ class TestSafetensors:
         assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float32}
 
 
+class TestDoublePrecision:
+    """What a module holds in float64 stays so; nothing is cut in silence."""
+
+    @pytest.fixture
+    def factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        (tmp_path / "double_of_a_test.py").write_text(
+            "import torch\n"
+            "from torch import nn\n"
+            "class Shifted(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.weight = nn.Parameter(torch.ones(3))\n"
+            "        self.register_buffer('shift', torch.zeros(3))\n"
+            "        self.register_buffer('count', torch.tensor(0))\n"
+            "    def forward(self, image): return image.mean() * self.weight + self.shift\n"
+            "def single(): return Shifted()\n"
+            "def double(): return Shifted().double()\n"
+            "def half(): return Shifted().half()\n"
+            "def mixed():\n"
+            "    module = Shifted()\n"
+            "    module.shift = module.shift.double()\n"
+            "    return module\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return "double_of_a_test"
+
+    @pytest.fixture
+    def state(self) -> Content:
+        # 1 + 1e-12 is 1 in float32, and 16777217 is 16777216.
+        third = torch.tensor([1 / 3, 1 + 1e-12, 16777217], dtype=torch.float64)
+        return {"weight": third, "shift": third * 2, "count": torch.tensor(7)}
+
+    def test_a_module_in_float64_stays_in_float64(
+        self, factory: str, state: Content, save: Callable[..., Path], signature_file: Path
+    ) -> None:
+        loaded = load_checkpoint(save(state), factory=f"{factory}:double", signature_file=signature_file).module
+        for name, value in loaded.state_dict().items():
+            assert value.dtype == state[name].dtype
+            assert torch.equal(value, state[name])
+
+    def test_a_single_buffer_in_float64_stays_so(
+        self, factory: str, state: Content, save: Callable[..., Path], signature_file: Path
+    ) -> None:
+        path = save({**state, "weight": torch.ones(3)})
+        loaded = load_checkpoint(path, factory=f"{factory}:mixed", signature_file=signature_file).module
+        assert loaded.weight.dtype == torch.float32
+        assert torch.equal(loaded.shift, state["shift"])  # type: ignore[arg-type]
+
+    def test_a_module_in_half_precision_becomes_float32(
+        self, factory: str, save: Callable[..., Path], signature_file: Path
+    ) -> None:
+        state = {"weight": torch.ones(3).half(), "shift": torch.full((3,), 0.5).half(), "count": torch.tensor(7)}
+        loaded = load_checkpoint(save(state), factory=f"{factory}:half", signature_file=signature_file).module
+        assert {name: value.dtype for name, value in loaded.state_dict().items()} == {
+            "weight": torch.float32,
+            "shift": torch.float32,
+            "count": torch.int64,
+        }
+
+    def test_float64_weights_for_a_module_in_float32_must_fit_it(
+        self, factory: str, state: Content, save: Callable[..., Path], signature_file: Path
+    ) -> None:
+        message = refusal(save(state), factory=f"{factory}:single", signature_file=signature_file)
+        assert "'weight' is float64, and float32, in which the module holds it, has too few digits for it" in message
+        assert "build the module with .double(), or convert the weights with .float() first" in message
+        fit = {"weight": torch.tensor([1.0, torch.nan, 0.5], dtype=torch.float64), "shift": torch.zeros(3)}
+        load_checkpoint(
+            save({**fit, "count": torch.tensor(7)}), factory=f"{factory}:single", signature_file=signature_file
+        )
+
+
 class TestTiedWeights:
     @pytest.fixture
     def tied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -50,7 +50,7 @@ def test_a_run_folder_becomes_an_archive_named_after_it_with_the_same_bytes_as_e
     document = last_json(run("export", run_folder, "--eval", evaluation_folder, "--out", store, "--json"))
     assert document["ok"] is True
     assert document["archive"] == str(store / "brightness.mar")
-    assert [gate["passed"] for gate in document["gates"]] == [True] * 12
+    assert [gate["passed"] for gate in document["gates"]] == [True] * 13
     assert document["evaluated"] == 12
     assert (store / "brightness.mar").read_bytes() == archive.read_bytes()
     assert [path.name for path in store.iterdir()] == ["brightness.mar"]
@@ -122,7 +122,7 @@ def test_gates_that_fail_are_shown_with_those_that_passed(
     assert document["ok"] is False
     assert document["error"]["type"] == "GateError"
     assert {gate["gate"] for gate in document["gates"] if not gate["passed"]} <= {"noise", "noise on evaluation data"}
-    assert len(document["gates"]) == 12
+    assert len(document["gates"]) == 13
     assert not (tmp_path / "store").exists()
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,43 @@ class TestTensors:
         (tmp_path / "data.npz").write_bytes(content)
         with pytest.raises(EvaluationError, match=r"data\.npz is damaged or not an \.npz file"):
             self.load(tmp_path / "data.npz")
+
+    def damage(self, path: Path, kind: str) -> Path:
+        """A file of the format with one fault that NumPy does not call by a name of its own."""
+        file = path / "data.npz"
+        if kind in ("data", "encrypted", "method"):
+            np.savez_compressed(file, x=np.arange(600, dtype=np.float32).reshape(300, 2), n=np.arange(300))
+            content = bytearray(file.read_bytes())
+            central = content.index(b"PK\1\2")
+            if kind == "data":
+                content[60:90] = b"\xff" * 30
+            elif kind == "encrypted":
+                content[6] |= 1
+                content[central + 8] |= 1
+            else:
+                content[8] = content[central + 10] = 77
+            file.write_bytes(content)
+            return file
+        shape, end = ("(1000000000000, 8)", "}") if kind == "huge" else ("(3, 2", "")
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}{end}".ljust(117) + "\n"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
+        return file
+
+    @pytest.mark.parametrize("kind", ["data", "encrypted", "method", "huge", "header"])
+    def test_whatever_a_damaged_file_raises_is_one_sentence(self, tmp_path: Path, kind: str) -> None:
+        with pytest.raises(EvaluationError, match=r"data\.npz is damaged or not an \.npz file; write it with"):
+            self.load(self.damage(tmp_path, kind))
+
+    def test_a_file_that_unpacks_to_too_much_is_not_unpacked(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("export.tensor_file._MAX_BYTES", 1 << 20)
+        path = tmp_path / "data.npz"
+        np.savez_compressed(path, x=np.zeros((1 << 18, 2), np.float32), n=np.zeros(1 << 18, np.int64))
+        monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+        with pytest.raises(EvaluationError, match=r"data\.npz unpacks to 0\.0 GiB, and at most .*; give fewer samples"):
+            self.load(path)
 
 
 class TestCalibration:

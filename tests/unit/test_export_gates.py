@@ -203,7 +203,32 @@ class TestNoise:
         assert "(long)" in result.detail
 
 
+class TestChannels:
+    SCALES = np.array([90.0, 0.005, 1.0])
+    MEANS = np.array([3000.0, 0.01, 0.0])
+
+    def test_a_small_channel_that_is_wrong_fails_beside_a_large_one(self) -> None:
+        right = np.random.default_rng(0).normal(size=(50, 3)) * self.SCALES + self.MEANS
+        result = compare(right, right * np.array([1, -1, 1]))["noise"]
+        assert not result.passed
+        assert "those of channel 1" in result.detail
+
+    def test_channels_may_carry_the_rounding_of_their_neighbours(self) -> None:
+        generator = np.random.default_rng(0)
+        right = generator.normal(size=(50, 3)) * self.SCALES + self.MEANS
+        assert compare(right, right + generator.normal(size=(50, 3)) * 1e-7 * 3000)["noise"].passed
+
+    def test_dead_channels_pass(self) -> None:
+        right = np.zeros((50, 3))
+        right[:, 0] = np.random.default_rng(0).normal(size=50)
+        assert compare(right, right + np.array([0, 1e-9, 1e-20]))["noise"].passed
+
+
 class TestRanking:
+    def test_samples_that_are_all_too_close_are_not_judged(self) -> None:
+        result = compare([[1.0, 1.0, 0.0]] * 3, [[1.0, 1.0, 0.0]] * 3, INT8, ranked=True)["ranking"]
+        assert result.detail == "could not be judged: all 3 samples are too close to call"
+
     def test_a_near_tie_may_turn_round_and_is_counted(self) -> None:
         right = np.array([[1.0, 1.0001, -5], [5, 0, -5], [0, 5, -5], [-5, 0, 5]])
         found = right + np.array([[0.0002, 0, 0], [0, 0, 0], [0, 0.001, 0], [0.001, 0, 0]])
@@ -271,7 +296,8 @@ class TestSequences:
     def test_a_right_artifact_passes_at_every_length(self) -> None:
         gates = by_name(self.check(sequences(Running())))
         assert failed(list(gates.values())) == set()
-        assert set(gates) == {"outputs", "parity", "noise", "equality", "padding of the checkpoint", "padding"}
+        names = {"outputs", "parity", "noise", "equality", "extreme inputs", "padding of the checkpoint", "padding"}
+        assert set(gates) == names
         assert "145 samples in 28 batches" in gates["outputs"].detail
 
     def test_what_stands_in_the_padding_does_not_count(self) -> None:
@@ -316,7 +342,8 @@ class TestSequences:
         served = ServedModel(alone, Computes(Reference.of(module, alone).run))
         gates = check_artifact(served, Evidence(reference=Reference.of(module, alone)), FP32)
         assert failed(gates) == set()
-        names = {"outputs", "parity", "noise", "equality", "batching of the checkpoint", "batching"}
+        names = {"outputs", "parity", "noise", "equality", "extreme inputs"}
+        names |= {"batching of the checkpoint", "batching"}
         assert {gate.gate for gate in gates} == names
 
     def test_a_comparison_that_crashes_is_a_failure(self) -> None:
@@ -454,6 +481,23 @@ class TestTask:
         assert (result.passed, result.measured) == (True, 0.96)
         assert not task(lose, replace(INT8, metric_drop=0.03), many)["accuracy"].passed
 
+    def test_a_checkpoint_below_the_commonest_class_fails(
+        self, task: Callable[..., dict[str, GateResult]], requests: list[LabelledRequest]
+    ) -> None:
+        assert "least accuracy" not in task()
+        assert task(requests=requests * 5)["least accuracy"].passed
+        labels = {0: 1, 1: 2, 2: 0}
+        shuffled = [replace(one, label=labels[one.label or 0]) for one in requests] * 5
+        result = task(requests=shuffled)["least accuracy"]
+        assert (result.passed, result.measured, result.bound) == (False, 0.0, 0.5)
+        assert result.detail == (
+            "the checkpoint is right for 0 of 20, and always answering 'bright' would be for 10: labels, "
+            "preprocessing or weights are wrong; with the labels in another order 20 would be right (it answers "
+            "'dark' as 'bright', 'mid' as 'dark', 'bright' as 'mid')"
+        )
+        assert task(requests=shuffled, thresholds=replace(FP32, least_accuracy=0.0))["least accuracy"].passed
+        assert not task(requests=shuffled[:4], thresholds=replace(FP32, least_accuracy=0.1))["least accuracy"].passed
+
     def test_given_outputs_must_be_met(self) -> None:
         class Double(torch.nn.Module):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -495,3 +539,64 @@ class TestCompany:
                 return x if x[0, 0] > -0.75 else -x
 
         assert {"parity", "noise"} <= failed(self.gates(Branches(), torch.nn.Identity()))
+
+
+class Negates(torch.nn.Module):
+    """The cosine of its inputs, with the other sign where a condition on their values holds."""
+
+    def __init__(self, condition: Callable[[torch.Tensor], bool], factor: float = -1.0) -> None:
+        super().__init__()
+        self.condition = condition
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float().cos()
+        return self.factor * y if self.condition(x) else y
+
+
+def never(x: torch.Tensor) -> bool:
+    return False
+
+
+class TestExtremes:
+    IDS = Signature.from_document(
+        {
+            "format_version": 1,
+            "task": "tensor",
+            "inputs": [{"name": "x", "dtype": "int64", "shape": ["batch", 4], "minimum": 0, "maximum": 30000}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 4]}],
+        }
+    )
+
+    @pytest.mark.parametrize("thresholds", [FP32, INT8])
+    @pytest.mark.parametrize(
+        ("signature", "condition"),
+        [
+            (ROWS, lambda x: bool((x >= 1.0).any())),
+            (ROWS, lambda x: bool((x <= -1.0).all())),
+            (ROWS, lambda x: bool((x.abs() < 1e-3).all())),
+            (IDS, lambda x: bool((x == 7).any())),
+            (IDS, lambda x: bool((x == 30000).any())),
+        ],
+    )
+    def test_a_branch_that_random_inputs_do_not_reach_is_seen(
+        self, signature: Signature, condition: Callable[[torch.Tensor], bool], thresholds: Thresholds
+    ) -> None:
+        served = ServedModel(signature, Computes(Reference.of(Negates(never), signature).run))
+        evidence = Evidence(reference=Reference.of(Negates(condition), signature))
+        gates = by_name(check_artifact(served, evidence, thresholds))
+        assert failed(list(gates.values())) == {"extreme inputs"}
+        assert "use --method script or --format eager" in gates["extreme inputs"].detail
+
+    def test_where_the_checkpoint_is_not_finite_the_artifact_need_not_be(self) -> None:
+        module = Negates(lambda x: bool((x >= 1.0).all()), factor=float("nan"))
+        served = ServedModel(ROWS, Computes(Reference.of(module, ROWS).run))
+        gates = by_name(check_artifact(served, Evidence(reference=Reference.of(module, ROWS)), FP32))
+        assert failed(list(gates.values())) == set()
+        assert "in 4 batches" in gates["extreme inputs"].detail
+
+    def test_an_artifact_that_is_not_finite_there_fails(self) -> None:
+        broken = Negates(lambda x: bool((x >= 1.0).all()), factor=float("nan"))
+        served = ServedModel(ROWS, Computes(Reference.of(broken, ROWS).run))
+        gates = check_artifact(served, Evidence(reference=Reference.of(Negates(never), ROWS)), FP32)
+        assert failed(gates) == {"extreme inputs"}

@@ -42,7 +42,12 @@ def test_an_empty_file_changes_nothing_and_json_does_as_well(file: Path, tmp_pat
         ("metric_dorp: 0.1", r"thresholds\.metric_dorp is not a known field; did you mean 'metric_drop'\?"),
         ("int8:\n  nosie: 0.1", r"thresholds\.int8\.nosie is not a known field; did you mean 'noise'\?"),
         ("int4:\n  noise: 0.1", r"thresholds\.int4 is not a known field; did you mean 'int8'\?"),
-        ("noise: -1", r"the threshold 'noise' is -1; it must be at least 0"),
+        ("atol: -1", r"the threshold 'atol' is -1; it must be at least 0"),
+        ("noise: -1", r"the threshold 'noise' is -1; it must be from 0 to 1"),
+        ("noise: 1.5", r"the threshold 'noise' is 1\.5; it must be from 0 to 1"),
+        ("int8:\n  random_noise: 1e9", r"the threshold 'random_noise' is 1e\+09; it must be from 0 to 1"),
+        ("slowdown: 101", r"the threshold 'slowdown' is 101; it must be from 0 to 100"),
+        ("least_accuracy: 60", r"the threshold 'least_accuracy' is 60; it must be from 0 to 1"),
         ("agreement: 98", r"the threshold 'agreement' is 98; it must be from 0 to 1"),
         ("noise: many", r"thresholds\.noise must be a finite number, not 'many'"),
         ("noise: .nan", r"thresholds\.noise must be a finite number"),
@@ -69,3 +74,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(ThresholdError, match="is not UTF-8 text"):
         load_thresholds(tmp_path / "bytes", "fp32")
+
+
+def test_what_is_looser_than_the_defaults_is_named() -> None:
+    assert Thresholds.of("int8").looser_than_defaults("int8") is None
+    stricter = Thresholds(noise=1e-6, slowdown=1.0, agreement=1.0)
+    assert stricter.looser_than_defaults("fp32") is None
+    loose = Thresholds(atol=None, noise=0.5, agreement=0.9, least_accuracy=0.1)
+    assert loose.looser_than_defaults("fp32") == (
+        "thresholds looser than the defaults: atol none (default 0.0001), noise 0.5 (default 5e-05), "
+        "agreement 0.9 (default 1), least_accuracy 0.1 (default none)"
+    )
+
+
+def test_a_record_is_read_back_whatever_else_is_in_it() -> None:
+    for precision in ("fp32", "int8"):
+        default = Thresholds.of(precision)
+        assert Thresholds.from_document(default.to_document(), precision) == default
+    found = Thresholds.from_document({"noise": "much", "rtol": None, "other": 1, "atol": 0.5}, "fp32")
+    assert found == Thresholds(atol=0.5)

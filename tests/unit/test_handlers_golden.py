@@ -9,7 +9,7 @@ from handlers.golden import GoldenSet
 
 DOCUMENT = {
     "rtol": 0.01,
-    "atol": 0.1,
+    "atol": {"logits": 0.1},
     "samples": [
         {
             "file": "golden/0.png",
@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_refused(folder, bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_even_if_it_was_recorded(folder, bad):
     np.save(folder / "golden/0.logits.npy", np.float32([bad, 0]))
-    with pytest.raises(GoldenError):
+    with pytest.raises(GoldenError, match=r"golden/0\.png: the expected logits holds infinity or NaN"):
         check(folder, [[bad, 0.0], RIGHT[1]])
 
 
@@ -92,7 +92,7 @@ def test_other_outputs_are_refused(folder):
 
 SEVERAL = {
     "rtol": 0.01,
-    "atol": 0.5,
+    "atol": {"boxes": 0.5, "count": 0.0, "any": 0.0},
     "samples": [
         {
             "file": "golden/0.json",
@@ -140,6 +140,8 @@ class TestSeveralOutputs:
     [
         (lambda d: d.update(samples=[]), "samples is empty"),
         (lambda d: d.pop("rtol"), "rtol is missing"),
+        (lambda d: d.update(atol=0.1), r"golden\.atol must be"),
+        (lambda d: d.update(atol={"other": 0.1}), "atol has no tolerance for the output 'logits'"),
         (lambda d: d.update(extra=1), "extra is not a known field"),
         (lambda d: d["samples"][1].update(extra=1), "extra is not a known field"),
         (lambda d: d["samples"][1].update(outputs={"logits": [1.0]}), "must be a non-empty string"),

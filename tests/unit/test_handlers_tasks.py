@@ -231,7 +231,7 @@ class TestTexts:
         np.save(tmp_path / "golden/0.logits.npy", np.float32([0, 2]))
         golden = {
             "rtol": 0,
-            "atol": 0,
+            "atol": {"logits": 0},
             "samples": [
                 {
                     "file": "golden/0.json",
