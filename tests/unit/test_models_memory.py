@@ -1,7 +1,9 @@
 """What a block uses, what there is, and giving some back; GPUs are simulated, but for the last test."""
 
 import gc
-import time
+import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -81,26 +83,36 @@ def collector_off() -> Iterator[None]:
     gc.enable()
 
 
-def test_a_block_on_the_cpu_is_measured() -> None:
-    with MemoryTracker("cpu") as tracker:
-        kept = torch.ones(10 * MIB)  # 40 MiB
-        torch.ones(20 * MIB)  # 80 MiB, gone at once
+def measured_in_a_process_of_its_own(before: str, block: str) -> dict[str, int]:
+    """Bytes that a `MemoryTracker` finds; from a process as large as this one the kernel takes pages meanwhile."""
+    script = (
+        "import json, time, torch\nfrom models.memory import MemoryTracker\n"
+        f"{before}\n"
+        f"with MemoryTracker('cpu') as tracker:\n    {block}\n"
+        "print(json.dumps({name: getattr(tracker, name) for name in ('start', 'end', 'used', 'peak')}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    figures: dict[str, int] = json.loads(done.stdout)
+    return figures
 
-    assert len(kept) == 10 * MIB
-    assert tracker.used == tracker.end - tracker.start
-    assert 36 * MIB < tracker.used < 60 * MIB
-    assert tracker.peak - tracker.start > 115 * MIB
+
+def test_a_block_on_the_cpu_is_measured() -> None:
+    # 40 MiB that stay, and 80 MiB that are gone at once.
+    found = measured_in_a_process_of_its_own("", "kept = torch.ones(10 * 2**20); torch.ones(20 * 2**20)")
+
+    assert found["used"] == found["end"] - found["start"]
+    assert 36 * MIB < found["used"] < 60 * MIB
+    assert found["peak"] - found["start"] > 115 * MIB
 
 
 def test_a_peak_below_an_earlier_one_is_sampled() -> None:
-    torch.ones(60 * MIB)  # 240 MiB: the process has been larger than it will be in the block
-    with MemoryTracker("cpu") as tracker:
-        large = torch.ones(25 * MIB)  # 100 MiB
-        time.sleep(0.1)
-        del large
+    # 240 MiB before, so the process has been larger than it will be in the block, which takes 100 MiB for a while.
+    found = measured_in_a_process_of_its_own(
+        "torch.ones(60 * 2**20)", "large = torch.ones(25 * 2**20); time.sleep(0.1); del large"
+    )
 
-    assert 95 * MIB < tracker.peak - tracker.start < 150 * MIB
-    assert tracker.used < 50 * MIB
+    assert 95 * MIB < found["peak"] - found["start"] < 150 * MIB
+    assert found["used"] < 50 * MIB
 
 
 def test_a_block_that_fails_is_measured_and_its_error_gets_out(capsys: pytest.CaptureFixture[str]) -> None:
