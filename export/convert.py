@@ -9,9 +9,7 @@ that process with it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from export.combinations import METHODS, TRACE, Combination, refusal
 from export.compiler import compiling, conversion_error, first_line
 from export.eager import SOURCE_FOLDER, write_source, write_weights
 from export.errors import ConversionError, ExportError
+from export.fresh_process import run_in_fresh_process
 from export.inputs import example_batch
 from handlers.artifact import Artifact, ModuleSource
 from handlers.calling import NamedModule
@@ -79,8 +78,6 @@ def convert_in_fresh_process(
             "move it into a module of its own and name that in --model"
         )
     folder = folder.resolve()
-    answer_file = folder / ANSWER_FILE
-    answer_file.unlink(missing_ok=True)
     request = {
         "source": str(source.resolve()),
         "folder": str(folder),
@@ -91,20 +88,15 @@ def convert_in_fresh_process(
         "config": None if config is None else dict(config),
         "calibration": str(calibration.resolve()) if calibration else None,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "export.convert"],
-        input=json.dumps(request),
-        # Absolute: the child stands elsewhere, and an empty path means the current folder.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONHASHSEED": "0"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
+    answer = run_in_fresh_process(
+        "export.convert",
+        folder,
+        ANSWER_FILE,
+        what=f"the conversion to {format}",
+        error=ConversionError,
+        stdin=json.dumps(request),
+        environment={"PYTHONHASHSEED": "0"},
     )
-    if done.returncode != 0 or not answer_file.is_file():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
-        raise ConversionError(f"the conversion to {format} died with exit code {done.returncode}: {last}")
-    answer = json.loads(answer_file.read_bytes())
     if "error" in answer:
         raise ConversionError(answer["error"])
     document = answer["artifact"]

@@ -20,7 +20,7 @@ the same rounds, with one thread, so that the ratios hold on a busy machine too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,6 +117,7 @@ def run_matrix(
         not_offered=_not_offered(options.device),
         baseline=_baseline(entries),
         winner=_winner(entries),
+        loosened=_loosened(thresholds),
         machine=describe_machine(options.device),
         versions=package_versions(),
         measured_at=measured_at,
@@ -177,6 +178,11 @@ def _not_offered(device: str) -> dict[str, str]:
     offered = allowed(device)
     every = [Combination(format=format, precision=name, device=device) for format in FORMATS for name in PRECISIONS]
     return {f"{one.format} {one.precision}": refusal(one) or "" for one in every if one not in offered}
+
+
+def _loosened(thresholds: Mapping[str, Thresholds]) -> tuple[str, ...]:
+    found = {precision: own.looser_than_defaults(precision) for precision, own in thresholds.items()}
+    return tuple(f"{precision}: {words}" for precision, words in found.items() if words is not None)
 
 
 def _counted(step: Step, number: int, combinations: Sequence[Combination]) -> Step:

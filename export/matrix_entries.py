@@ -99,6 +99,7 @@ class Matrix:
         not_offered: Why the other combinations are not offered on this device: a sentence each.
         baseline: Name of the entry that all speeds are held against; None if nothing passed.
         winner: The fastest that passed; None if nothing that was asked for did.
+        loosened: What lets more through than the defaults of each precision: a sentence each.
         machine: What measured.
         versions: Of Python and the packages that count.
         measured_at: When it began.
@@ -111,6 +112,7 @@ class Matrix:
     not_offered: Mapping[str, str]
     baseline: str | None
     winner: Winner | None
+    loosened: tuple[str, ...] = ()
     machine: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     measured_at: datetime
@@ -163,6 +165,7 @@ class Matrix:
             },
             "combinations": [self._entry_document(entry) for entry in self.entries],
             "not_offered": dict(self.not_offered),
+            "loosened": list(self.loosened),
             "machine": dict(self.machine),
             "versions": dict(self.versions),
             "measured_at": self.measured_at.isoformat(timespec="seconds"),

@@ -24,6 +24,8 @@ def print_matrix(matrix: Matrix, console: Console) -> None:
             console.print(
                 f"[{_COLOURS[entry.status]}]{entry.name} {entry.status}[/]: {escape(entry.reason)}", soft_wrap=True
             )
+    for words in matrix.loosened:
+        console.print(f"[yellow]{escape(words)}[/]", soft_wrap=True)
     if not matrix.prepared.requests:
         console.print(
             "No evaluation data: only random inputs were compared. Give --eval DATA to check the task itself."

@@ -8,9 +8,7 @@ artifact: one that only works where it was made fails here.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from export.errors import MeasurementError
+from export.fresh_process import run_in_fresh_process
 from handlers.errors import one_line
 from handlers.model import SIGNATURE_FILE, ServedModel
 from handlers.tensors import TensorBatch
@@ -63,25 +62,20 @@ def measure_memory(folder: Path, batches: Sequence[TensorBatch]) -> Memory:
     """
     folder = folder.resolve()
     files = [folder / _BATCH_FILE.format(i) for i in range(len(batches))]
-    answer_file = folder / ANSWER_FILE
     try:
         for file, batch in zip(files, batches, strict=True):
             with file.open("wb") as stream:
                 np.savez(stream, allow_pickle=False, **batch)
-        done = subprocess.run(
-            [sys.executable, "-m", "export.memory", str(len(files))],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
+        answer = run_in_fresh_process(
+            "export.memory",
+            folder,
+            ANSWER_FILE,
+            what="a fresh process that runs it",
+            error=MeasurementError,
+            arguments=[str(len(files))],
         )
-        if done.returncode != 0 or not answer_file.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1].strip()
-            raise MeasurementError(f"a fresh process that runs it died with exit code {done.returncode}: {last}")
-        answer = json.loads(answer_file.read_bytes())
     finally:
-        for file in (*files, answer_file):
+        for file in files:
             file.unlink(missing_ok=True)
     if "error" in answer:
         raise MeasurementError(f"it fails in a fresh process: {answer['error']}")

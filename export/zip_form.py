@@ -12,6 +12,7 @@ behind its entries, and no entry is followed by bytes that one reader skips and 
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import tempfile
 import zipfile
@@ -30,6 +31,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 MOST_BYTES_BY_HAND = int((2**31 - 1) / 1.05)
 
 _MODE = 0o100644
+# Of files that some umask made, and of what Python's zipfile is given as bytes; no program reads them from an archive.
+_MODES_BY_HAND = (0o600, *(stat.S_IFREG | mode for mode in (0o600, 0o640, 0o644, 0o660, 0o664, 0o666)))
 _UNIX = 3
 _CHUNK_BYTES = 1 << 20
 # Sources and JSON shrink to a quarter or a tenth; ten-thousandfold needs a file made for it.
@@ -151,7 +154,7 @@ def check_packed_by_hand(source: zipfile.ZipFile, file: IO[bytes], path: Path) -
         )
     file.seek(0)
     for entry in entries:
-        if entry.header_offset != file.tell():
+        if entry.header_offset != file.tell() or not _is_regular_file(entry):
             raise changed(path)
         _expect(file, _local_header(entry), path)
         _check_data(file, entry, path)
@@ -162,6 +165,12 @@ def check_packed_by_hand(source: zipfile.ZipFile, file: IO[bytes], path: Path) -
     if file.read(1):
         raise changed(path)
     return open_file_sha256(file)
+
+
+def _is_regular_file(entry: zipfile.ZipInfo) -> bool:
+    """Whether its attributes are those that torch-model-archiver gives to a file under some umask."""
+    mode, rest = divmod(entry.external_attr, 1 << 16)
+    return entry.create_system == _UNIX and rest == 0 and mode in _MODES_BY_HAND
 
 
 def _expect(file: IO[bytes], expected: bytes, path: Path) -> None:

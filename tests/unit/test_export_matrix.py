@@ -3,11 +3,13 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from export.archive import open_archive
 from export.checkpoint import load_checkpoint
@@ -16,10 +18,12 @@ from export.convert import convert
 from export.errors import CheckpointError, ConversionError, GateError, MeasurementError
 from export.gates import GateResult
 from export.matrix import Matrix, pack_best, run_matrix
-from export.matrix_report import PAGE, RESULTS, check_folder, write_report
+from export.matrix_report import PAGE, RESULTS, check_folder, render_page, write_report
+from export.matrix_table import print_matrix
 from export.memory import Memory
 from export.pipeline import ExportOptions
 from export.speed import Shape, Timing
+from export.thresholds import Thresholds
 from handlers.artifact import Artifact, ModuleSource
 
 OFFERED = (
@@ -182,6 +186,21 @@ def test_fp32_is_made_to_compare_with_and_never_wins(workshop: Workshop, run: Ca
     assert document["eager bf16"]["times_as_fast_as_fp32"] == pytest.approx(4)
     assert document["eager bf16"]["times_as_fast_as_baseline"] == pytest.approx(0.2)
     assert matrix.baseline == "torchscript fp32"
+
+
+def test_loosened_thresholds_are_said(
+    workshop: Workshop, options: ExportOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loose = replace(options, thresholds=Thresholds(noise=1.0))
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    matrix = run_matrix(loose, folder, precisions=["fp32"])
+    words = "fp32: thresholds looser than the defaults: noise 1 (default 5e-05)"
+    assert matrix.loosened == (words,)
+    assert matrix.to_document()["loosened"] == [words]
+    print_matrix(matrix, Console())
+    assert words in capsys.readouterr().out
+    assert words in render_page(matrix, command="")
 
 
 def test_the_document_has_all_figures(workshop: Workshop, run: Callable[..., Matrix]) -> None:

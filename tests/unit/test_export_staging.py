@@ -413,12 +413,12 @@ def shorten(content: dict[str, bytes]) -> None:
 
 
 def permission_bytes(source: zipfile.ZipFile, content: bytes) -> set[int]:
-    """Where the directory keeps permissions and the system that they are of, which TorchServe does not look at."""
+    """Where the directory keeps permissions, which umasks differ in and nobody looks at."""
     positions = set()
     at = source.start_dir
     for entry in source.infolist():
         assert content[at : at + 4] == b"PK\1\2"
-        positions |= {at + 5, *range(at + 38, at + 42)}
+        positions |= {at + 40, at + 41}
         at += 46 + len(entry.filename)
     return positions
 
@@ -431,7 +431,7 @@ def zip_with_hidden_bytes(entries: dict[str, bytes], hidden: bytes, longer: byte
         raw = deflate.compress(data + longer) + deflate.flush() + hidden
         common = struct.pack("<HHHHIII", 0, 8, 0, 33, zlib.crc32(data), len(raw), len(data))
         directory += b"PK\1\2" + struct.pack("<BBH", 20, 3, 20) + common
-        directory += struct.pack("<HHHHHII", len(name), 0, 0, 0, 0, 0, len(body)) + name.encode()
+        directory += struct.pack("<HHHHHII", len(name), 0, 0, 0, 0, 0o600 << 16, len(body)) + name.encode()
         body += b"PK\3\4" + struct.pack("<H", 20) + common + struct.pack("<HH", len(name), 0) + name.encode() + raw
     return body + directory + END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), len(body), 0)
 
