@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import typer
 
 import deploy.cli
+import export.bench_cli
 import export.cli
 import loadtest.cli
+import loadtest.compare_cli
 import models.cli
 import models.runs_cli
 
@@ -43,9 +45,11 @@ COMMANDS: tuple[tuple[str, CommandFunction], ...] = (
     ("runs", models.runs_cli.runs),
     ("export", export.cli.export),
     ("inspect", export.cli.inspect),
+    ("bench", export.bench_cli.bench),
     ("serve", deploy.cli.serve),
     ("predict", loadtest.cli.predict),
     ("loadtest", loadtest.cli.loadtest),
+    ("compare", loadtest.compare_cli.compare),
 )
 
 

@@ -36,6 +36,13 @@ def serve(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers for each model.", show_default="what the archive says")
     ] = None,
+    scheduling: Annotated[
+        str,
+        typer.Option(
+            help="How requests reach the model: continuous (every request at once; where TorchServe and the archive "
+            "allow it) or batches (TorchServe's own way: one batch at a time for each worker).",
+        ),
+    ] = "continuous",
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long the workers may take to load.")
     ] = 300,
@@ -51,9 +58,11 @@ def serve(
     The archives are verified first; workers become ready only when they repeat their golden answers.
     """
     from deploy.ports import Ports  # noqa: PLC0415  # fast --help
-    from deploy.server import TorchServe, noted_signals  # noqa: PLC0415
+    from deploy.server import SCHEDULING, TorchServe, noted_signals  # noqa: PLC0415
     from export.archive import open_archive  # noqa: PLC0415
 
+    if scheduling not in SCHEDULING:
+        raise StartError(f"--scheduling is {scheduling!r}; choose {' or '.join(SCHEDULING)}")
     opened = [open_archive(path) for path in archives]
     _refuse_twins(opened)
     if require_signature is not None:
@@ -67,7 +76,7 @@ def serve(
     # terminal stop it as cleanly as Ctrl-C.
     with (
         noted_signals() as interrupts,
-        TorchServe(opened, ports, host=host, workers=workers, echo=sys.stderr) as server,
+        TorchServe(opened, ports, host=host, workers=workers, scheduling=scheduling, echo=sys.stderr) as server,
     ):
         with progress.status("starting TorchServe"):
             server.wait_until_ready(timeout, interrupts=interrupts)

@@ -20,12 +20,16 @@ from typing import IO, Any
 import httpx
 import psutil
 
+from deploy import continuous
 from deploy.configuration import LOG_CONFIG, server_properties
 from deploy.errors import StartError, StateError
 from deploy.java import find_java
 from deploy.ports import LOOPBACK, Ports, check_host
 from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
+
+# How requests reach the model.
+CONTINUOUS, BATCHES = SCHEDULING = ("continuous", "batches")
 
 # Ctrl-C, a service manager, a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -50,6 +54,7 @@ class TorchServe:
         ports: Where to listen; they must be free.
         host: Address for predictions.
         workers: Workers a model; None takes each archive's own number.
+        scheduling: ``continuous`` where that is possible, or ``batches``, TorchServe's own way.
         echo: Where TorchServe's log lines go, besides its log file; None for nowhere.
     """
 
@@ -60,12 +65,16 @@ class TorchServe:
         *,
         host: str = LOOPBACK,
         workers: int | None = None,
+        scheduling: str = CONTINUOUS,
         echo: IO[str] | None = None,
     ) -> None:
         self._archives = archives
         self._ports = ports
         self._host = host
         self._workers = workers
+        self._continuous = {
+            archive.name for archive in archives if scheduling == CONTINUOUS and continuous.is_possible(archive)
+        }
         self._echo = echo
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -139,6 +148,10 @@ class TorchServe:
             # A copy, not a link, and one that has the verified digest: what was verified is what is loaded, whatever
             # happened to the original meanwhile.
             archive.copy(models[archive.name])
+            if archive.name in self._continuous:
+                continuous.make_continuous(models[archive.name])
+        self._taken.callback(continuous.install, self.state.folder, wanted=False)
+        continuous.install(self.state.folder, wanted=bool(self._continuous))
         config = self.state.folder / "config.properties"
         properties = server_properties(
             self._ports,

@@ -1,36 +1,99 @@
-"""Answers: from one sample's outputs to JSON, by the signature's task."""
+"""Answers: from the outputs of a request's samples to the JSON that it gets, by the task and the request's form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from handlers.classification import Classifier
-from handlers.errors import InferenceError
+from handlers.classification import Classifier, not_finite
+from handlers.decoder import Decoded
+from handlers.errors import OutOfRangeError
+from handlers.open_inference import OpenReply, answer_document, output_tensors, tensor_document
 from handlers.signature import TENSOR, Signature
 from handlers.tensors import Array
 
-Answerer = Callable[[Mapping[str, Array]], dict[str, Any]]
-"""Builds one sample's answer from its outputs; raises InferenceError if they are not finite."""
+_TOP_K = frozenset({"top_k_label", "top_k_probability"})
+
+Outputs = Mapping[str, Array]
+"""One sample's outputs by name, without the batch axis."""
 
 
-def build_answerer(signature: Signature) -> Answerer:
-    """The answerer of a signature's task."""
-    if signature.task == TENSOR:
-        return tensor_answer
-    classifier = Classifier(signature.labels)
-    name = signature.outputs[0].name
-    return lambda outputs: classifier.answer(outputs[name])
+class Answerer:
+    """Builds answers.
 
-
-def tensor_answer(outputs: Mapping[str, Array]) -> dict[str, Any]:
-    """All outputs as nested lists.
-
-    Raises:
-        InferenceError: If the model gave NaN or infinity, which JSON cannot carry and nobody should trust.
+    Args:
+        signature: Its task, outputs and labels.
     """
+
+    def __init__(self, signature: Signature) -> None:
+        self._classifier = None if signature.task == TENSOR else Classifier(signature.labels)
+        self._logits = signature.outputs[0].name
+        self._own = tuple(spec.name for spec in signature.outputs)
+        self._datatypes = {name: datatype for name, (datatype, _) in output_tensors(signature).items()}
+
+    def answer(self, decoded: Decoded, rows: Sequence[Outputs], identity: Mapping[str, str]) -> dict[str, Any]:
+        """The JSON document of one request.
+
+        Args:
+            decoded: The request.
+            rows: For each of its samples, what the model gave.
+            identity: Fields that every answer carries: ``model`` and ``version``.
+
+        Raises:
+            RequestError: If an output is not finite, or the outputs of several samples do not fit into one tensor.
+        """
+        if decoded.reply is not None:
+            return self._open_answer(decoded, decoded.reply, rows, identity)
+        predictions = [self._prediction(row, decoded.parameters.top_k) for row in rows]
+        for position in decoded.truncated:
+            predictions[position]["truncated"] = True
+        if decoded.many:
+            return {"predictions": predictions, **identity}
+        return {**predictions[0], **identity}
+
+    def _prediction(self, outputs: Outputs, top_k: int | None) -> dict[str, Any]:
+        if self._classifier is not None:
+            return self._classifier.answer(outputs[self._logits], top_k)
+        _check_finite(outputs)
+        return {"outputs": {name: output.tolist() for name, output in outputs.items()}}
+
+    def _open_answer(
+        self, decoded: Decoded, reply: OpenReply, rows: Sequence[Outputs], identity: Mapping[str, str]
+    ) -> dict[str, Any]:
+        for row in rows:
+            _check_finite(row)
+        tensors: dict[str, Array] = {}
+        if self._classifier is not None:
+            answers = [self._classifier.answer(row[self._logits], decoded.parameters.top_k) for row in rows]
+            tensors["label"] = np.array([answer["label"] for answer in answers], dtype=object)
+            tensors["probability"] = np.array([answer["probability"] for answer in answers])
+            if decoded.parameters.top_k is not None or _TOP_K.intersection(reply.outputs):
+                for key in ("label", "probability"):
+                    listed = [[item[key] for item in answer["top_k"]] for answer in answers]
+                    tensors[f"top_k_{key}"] = np.array(listed, dtype=object)
+        for name in self._own:
+            tensors[name] = _joined([row[name] for row in rows], name)
+        documents = [
+            tensor_document(name, tensors[name], self._datatypes[name]) for name in reply.outputs or tuple(tensors)
+        ]
+        answer = answer_document(documents, reply, identity)
+        if decoded.truncated:
+            answer["parameters"] = {"truncated": sorted(decoded.truncated)}
+        return answer
+
+
+def _check_finite(outputs: Outputs) -> None:
     if not all(np.isfinite(output).all() for output in outputs.values()):
-        raise InferenceError("model_output_not_finite", "The model's output holds NaN or infinite values.")
-    return {"outputs": {name: output.tolist() for name, output in outputs.items()}}
+        raise not_finite()
+
+
+def _joined(rows: Sequence[Array], name: str) -> Array:
+    """The rows of several samples as one tensor."""
+    if any(row.shape != rows[0].shape for row in rows):
+        raise OutOfRangeError(
+            "ragged_output",
+            f"The samples give outputs {name!r} of different sizes, which are no tensor; send one in each request.",
+        )
+    return np.stack(rows)

@@ -11,7 +11,7 @@ from handlers.tensors import Array, TensorBatch, TensorSpec
 
 
 def group(samples: Sequence[TensorBatch], signature: Signature, max_batch: int) -> list[list[int]]:
-    """Say which samples run together.
+    """Batches in order of arrival, which pad most; a worker plans better ones (:mod:`handlers.planner`).
 
     Args:
         samples: Any number of them.

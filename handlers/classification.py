@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,19 @@ class Classifier:
 
     Args:
         labels: Class names in the order of the logits.
-        top_k: How many classes an answer lists, the likeliest first.
+        top_k: How many classes an answer lists unless its request says otherwise, the likeliest first.
     """
 
     def __init__(self, labels: tuple[str, ...], *, top_k: int = TOP_K) -> None:
         self._labels = labels
         self._top_k = min(top_k, len(labels))
 
-    def answer(self, logits: NDArray[np.float32]) -> dict[str, Any]:
+    def answer(self, logits: NDArray[np.floating[Any]], top_k: int | None = None) -> dict[str, Any]:
         """Build one answer.
 
         Args:
             logits: Shape ``[classes]``.
+            top_k: How many classes to list, at least one; None for the usual number.
 
         Returns:
             ``label`` and ``probability`` of the likeliest class, and ``top_k``, a list of both.
@@ -36,12 +38,18 @@ class Classifier:
         Raises:
             InferenceError: If the model gave NaN or infinity, which JSON cannot carry and nobody should trust.
         """
-        if not np.isfinite(logits).all():
-            raise InferenceError("model_output_not_finite", "The model's output holds NaN or infinite values.")
+        largest = float(logits.max())  # NaN if there is one
+        if not (math.isfinite(largest) and math.isfinite(logits.min())):
+            raise not_finite()
         # Softmax in float64, shifted by the maximum: exp cannot overflow.
-        weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+        weights = np.exp(logits.astype(np.float64) - largest)
         probabilities = weights / weights.sum()
         # A stable sort breaks ties by class order, so the same logits always give the same answer.
-        order = np.argsort(-logits, kind="stable")[: self._top_k]
+        order = np.argsort(-logits, kind="stable")[: self._top_k if top_k is None else top_k]
         top = [{"label": self._labels[i], "probability": round(float(probabilities[i]), 6)} for i in order]
         return {**top[0], "top_k": top}
+
+
+def not_finite() -> InferenceError:
+    """The error for a model that gave what JSON cannot carry."""
+    return InferenceError("model_output_not_finite", "The model's output holds NaN or infinite values.")

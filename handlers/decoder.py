@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from handlers.errors import LoadError
+from handlers.open_inference import OpenReply
+from handlers.parameters import NO_PARAMETERS, Parameters
 from handlers.request import Part
 from handlers.signature import Signature
 from handlers.tensors import TensorBatch
@@ -15,15 +17,21 @@ from handlers.tensors import TensorBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """The samples of one valid request.
+    """The samples of one valid request, and what its answer should look like.
 
     Attributes:
         samples: The model's inputs by name, without the batch axis; at least one sample.
         many: True when the client asked in a form whose answer is a list, however many samples there are.
+        parameters: What the client chose.
+        truncated: Positions of the samples that are texts of which the end was cut off.
+        reply: What an Open Inference Protocol request says about its answer; None for the other forms.
     """
 
     samples: list[TensorBatch]
     many: bool
+    parameters: Parameters = NO_PARAMETERS
+    truncated: frozenset[int] = frozenset()
+    reply: OpenReply | None = None
 
 
 class Decoder(Protocol):

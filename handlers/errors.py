@@ -11,7 +11,8 @@ HandlerError
     ├── TooLargeError         413  more bytes, pixels or samples than the limits allow
     ├── UnsupportedTypeError  415  a content type or file format that the model does not take
     ├── OutOfRangeError       422  readable, but outside the signature
-    └── InferenceError        500  the model failed on a valid sample: our own defect
+    ├── InferenceError        500  the model failed on a valid sample: our own defect
+    └── OverloadedError       503  the answer would come too late to be of use
 """
 
 from __future__ import annotations
@@ -90,6 +91,12 @@ class InferenceError(RequestError):
     """The model failed on a valid sample."""
 
     status = 500
+
+
+class OverloadedError(RequestError):
+    """There is more to do than time."""
+
+    status = 503
 
 
 def one_line(error: BaseException) -> str:

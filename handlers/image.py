@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from handlers.errors import MalformedError, OutOfRangeError, RequestError, TooLargeError, UnsupportedTypeError
+from handlers.limits import too_many_samples
+from handlers.nested import flatten
+from handlers.orientation import check_jpeg, turn_upright
 from handlers.preprocessing import ImagePreprocessing
-from handlers.request import too_many_samples
 
 FloatArray = NDArray[np.float32]
 
 # 16-bit and float images have no agreed full scale, and Pillow's conversion to 8 bits clips them silently.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _FULL_SCALE = 255.0
+# One request may hold so many images of the largest size.
+_LARGEST_IMAGES = 8
 # The last chunk's name and checksum. Pillow does without it once it has all pixels, their checksums unread.
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -74,6 +83,30 @@ class ImageDecoder:
         pixels, many = self._pixels(payload)
         return self._normalise(pixels), many
 
+    def check_total(self, files: Sequence[bytes]) -> None:
+        """Refuse a request whose images are large only together: a few kilobytes each, they take minutes to decode.
+
+        Args:
+            files: The images of one request. Those that cannot be read are left to :meth:`decode`.
+
+        Raises:
+            TooLargeError: If they have more pixels in all than a few images of the largest size.
+        """
+        if len(files) <= _LARGEST_IMAGES:
+            return
+        total = 0
+        for data in files:
+            with contextlib.suppress(Exception), _quiet():
+                check_jpeg(data)
+                image = _open(data)
+                total += image.width * image.height
+        if total > _LARGEST_IMAGES * self._spec.max_pixels:
+            raise TooLargeError(
+                "image_too_large",
+                f"The images have {total} pixels in all; the limit is {_LARGEST_IMAGES * self._spec.max_pixels}; "
+                "send fewer in one request.",
+            )
+
     def _normalise(self, pixels: NDArray[np.generic]) -> FloatArray:
         """``[samples, height, width, channels]`` in 0..255 to normalised ``[samples, channels, height, width]``."""
         normalised: FloatArray = pixels.transpose(0, 3, 1, 2).astype(np.float32)
@@ -86,7 +119,8 @@ class ImageDecoder:
         """Decode a PNG or JPEG file to ``[height, width, channels]``, resized to the model's size."""
         spec = self._spec
         try:
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            check_jpeg(data)
+            with _quiet(), _open(data) as image:
                 # Known from the header alone: refuse bombs before a pixel is decoded.
                 if image.width * image.height > spec.max_pixels:
                     raise self._too_many_pixels(f"{image.width} x {image.height} pixels")
@@ -97,10 +131,10 @@ class ImageDecoder:
                     )
                 if image.format == "PNG" and _PNG_END not in data:
                     raise MalformedError("broken_image", "The image is incomplete: the end of the PNG file is missing.")
-                ImageOps.exif_transpose(image, in_place=True)  # else it copies the pixels
+                upright = turn_upright(image)
                 # Transparency is dropped, whatever form it has; Pillow would warn of some.
-                image.info.pop("transparency", None)
-                upright = image.convert(spec.mode)
+                upright.info.pop("transparency", None)
+                upright = upright.convert(spec.mode)
                 if upright.size != (spec.width, spec.height):
                     upright = upright.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
                 pixels = np.asarray(upright, dtype=np.uint8)
@@ -131,10 +165,7 @@ class ImageDecoder:
             if spec.channels == 1
             else f"[{spec.height}, {spec.width}, {spec.channels}]"
         )
-        # As objects first: NumPy would make numbers of booleans, and pad every string to the longest one, which lets
-        # a request of a few megabytes ask for terabytes.
-        array = np.asarray(payload.value, dtype=object)
-        types = set(map(type, array.ravel()))
+        items, shape, types = flatten(payload.value)
         if list in types:
             raise MalformedError("ragged_array", f"The pixel array must be rectangular, of shape {shapes}.")
         if not types <= {int, float}:
@@ -143,26 +174,35 @@ class ImageDecoder:
             )
         sample_shapes = [(*one, spec.channels)] + ([one] if spec.channels == 1 else [])
         many = False
-        if array.shape in sample_shapes:
-            array = array[np.newaxis]
-        elif payload.batched and array.shape[1:] in sample_shapes and len(array):
-            many = True
-        else:
+        count = 1
+        if payload.batched and shape[1:] in sample_shapes and shape[0]:
+            many, count = True, shape[0]
+        elif shape not in sample_shapes:
             raise OutOfRangeError(
                 "wrong_shape",
-                f"The pixel array has the shape {list(array.shape)}; one sample must be {shapes}.",
+                f"The pixel array has the shape {list(shape)[:32]}; one sample must be {shapes}.",
             )
-        if len(array) > self._max_samples:
-            raise too_many_samples(len(array), self._max_samples)
+        if count > self._max_samples:
+            raise too_many_samples(count, self._max_samples)
         try:
-            values = array.astype(np.float64)
+            values = np.array(items, np.float64)
         except OverflowError as error:
             raise _out_of_range() from error
-        if not np.isfinite(values).all():
+        lowest, highest = float(values.min()), float(values.max())  # NaN if there is one
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise OutOfRangeError("not_finite", "The pixel array holds NaN or infinite values.")
-        if values.min() < 0 or values.max() > _FULL_SCALE:
+        if lowest < 0 or highest > _FULL_SCALE:
             raise _out_of_range()
-        return values.astype(np.float32).reshape(len(array), *one, spec.channels), many
+        return values.astype(np.float32).reshape(count, *one, spec.channels), many
+
+
+def _open(data: bytes) -> ImageFile:
+    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+
+
+def _quiet() -> warnings.catch_warnings[None]:
+    """Of damaged EXIF, Pillow warns once a tag: 65,000 lines of log for one request."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def _out_of_range() -> OutOfRangeError:

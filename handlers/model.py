@@ -6,27 +6,34 @@ The worker, the export gates, ``torchport inspect --verify`` and in-process meas
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handlers.answering import build_answerer
+from handlers.allocator import keep_freed_memory
+from handlers.answering import Answerer
 from handlers.backend import Backend, build_backend
-from handlers.batching import group, split, stack
+from handlers.batching import split, stack
+from handlers.cost import CostModel, measure_cost
 from handlers.decoder import Decoded, build_decoder
 from handlers.errors import GoldenError, InferenceError, LoadError, RequestError, SignatureError
 from handlers.golden import GoldenSet
+from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
+from handlers.planner import padding_share, plan, positions
 from handlers.request import Part
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
-from handlers.warm_up import warm_up
+from handlers.warm_up import plain_batch, warm_up
 
 SIGNATURE_FILE = "signature.json"
 DEFAULT_MAX_BATCH = 32
 MAX_SAMPLES_PER_REQUEST = 256
+_COST_LIMIT_S = 1.0
 
-Row = dict[str, Array] | InferenceError
+Row = dict[str, Array] | RequestError
 """One sample's outputs by name, or why there are none."""
 
 
@@ -54,6 +61,10 @@ class ServedModel:
         max_batch: Samples computed at once; larger batches run in pieces.
         identity: Fields that every answer carries, such as model and version.
         folder: Where the archive's files lie; models of texts find their tokenizer there.
+        slot: Held while the model computes; by default nobody has to wait.
+
+    Attributes:
+        meter: Counts what happens.
 
     Raises:
         LoadError: If the tokenizer cannot be used.
@@ -67,13 +78,18 @@ class ServedModel:
         max_batch: int = DEFAULT_MAX_BATCH,
         identity: dict[str, str] | None = None,
         folder: Path | None = None,
+        slot: AbstractContextManager[object] | None = None,
     ) -> None:
         self.signature = signature
         self.backend = backend
+        self.meter = Meter()
+        self._slot = slot or nullcontext()
+        # Until it is measured: calls alone cost, so batches are as few as they can be.
+        self._cost = CostModel()
         self._max_batch = max_batch
         self._identity = identity or {}
         self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder)
-        self._answerer = build_answerer(signature)
+        self._answerer = Answerer(signature)
 
     @classmethod
     def load(
@@ -83,6 +99,7 @@ class ServedModel:
         threads: int,
         max_batch: int = DEFAULT_MAX_BATCH,
         identity: dict[str, str] | None = None,
+        slot: AbstractContextManager[object] | None = None,
     ) -> ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
 
@@ -93,8 +110,9 @@ class ServedModel:
             signature = Signature.from_document(json.loads((folder / SIGNATURE_FILE).read_bytes()))
         except (OSError, ValueError, SignatureError) as error:
             raise LoadError(f"{SIGNATURE_FILE} cannot be used: {error}") from error
+        keep_freed_memory()
         backend = build_backend(signature, folder, threads=threads)
-        return cls(signature, backend, max_batch=max_batch, identity=identity, folder=folder)
+        return cls(signature, backend, max_batch=max_batch, identity=identity, folder=folder, slot=slot)
 
     def warm_up(self) -> None:
         """Run every batch size and the extremes of every axis; see :func:`handlers.warm_up.warm_up`.
@@ -103,6 +121,20 @@ class ServedModel:
             BackendError: If the model fails, or gives another name, shape or dtype than the signature says.
         """
         warm_up(self.backend, self.signature, self._max_batch)
+
+    def measure_cost(self, *, limit_s: float = _COST_LIMIT_S) -> CostModel:
+        """Time small batches, and plan by what they cost from now on.
+
+        Args:
+            limit_s: About how many seconds to take.
+        """
+        self._cost = measure_cost(
+            lambda size, sizes: self.backend.run(plain_batch(self.signature, size, sizes)),
+            self.signature,
+            self._max_batch,
+            limit_s=limit_s,
+        )
+        return self._cost
 
     def replay(self, folder: Path) -> float:
         """Answer the golden samples of an extracted archive and compare.
@@ -136,7 +168,9 @@ class ServedModel:
         Args:
             requests: For each request, its fields.
         """
-        decoded = [self._decode(parts) for parts in requests]
+        began = time.perf_counter()
+        decoded = [self.read(parts) for parts in requests]
+        self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("decode"))
         rows = self.compute([sample for item in decoded if isinstance(item, Decoded) for sample in item.samples])
         answers = []
         start = 0
@@ -145,7 +179,7 @@ class ServedModel:
                 answers.append(error_answer(item))
                 continue
             stop = start + len(item.samples)
-            answers.append(self._build_answer(rows[start:stop], many=item.many))
+            answers.append(self.build_answer(item, rows[start:stop]))
             start = stop
         return answers
 
@@ -158,7 +192,7 @@ class ServedModel:
         return self._decoder.decode(parts).samples
 
     def compute(self, samples: Sequence[TensorBatch]) -> list[Row]:
-        """Run samples, in batches of at most the largest size.
+        """Run samples, in the batches that cost least; see :func:`handlers.planner.plan`.
 
         Args:
             samples: Inputs by name, without the batch axis.
@@ -166,17 +200,54 @@ class ServedModel:
         Returns:
             In order, each sample's outputs by name without the batch axis, or the error of a sample that fails alone.
         """
+        if not samples:
+            return []
         rows: dict[int, Row] = {}
-        for indices in group(samples, self.signature, self._max_batch):
-            rows.update(zip(indices, self._run([samples[i] for i in indices]), strict=True))
+        batches = self.plan(samples)
+        with self._computing():
+            # Stacked one by one: all of them together may be more than the memory holds.
+            for indices in batches:
+                rows.update(zip(indices, self._run_metered([samples[i] for i in indices]), strict=True))
         return [rows[i] for i in range(len(samples))]
 
-    def _decode(self, parts: Sequence[Part]) -> Decoded | RequestError:
+    def plan(self, samples: Sequence[TensorBatch]) -> list[list[int]]:
+        """Which samples should run together: positions, see :func:`handlers.planner.plan`."""
+        return plan(samples, self.signature, self._cost, max_batch=self._max_batch)
+
+    def expected_seconds(self, samples: Sequence[TensorBatch]) -> float:
+        """How long a batch of these samples takes, if the cost was measured."""
+        return float(self._cost.seconds(len(samples), positions(samples, self.signature)))
+
+    def run(self, samples: list[TensorBatch]) -> list[Row]:
+        """Run one batch, which :meth:`plan` has chosen; see :meth:`compute`."""
+        with self._computing():
+            return self._run_metered(samples)
+
+    def read(self, parts: Sequence[Part]) -> Decoded | RequestError:
         """Decode one request; its error is returned, so that it stays with its request."""
         try:
             return self._decoder.decode(parts)
         except RequestError as error:
             return error
+        except Exception as error:  # our own defect, and still one request's alone
+            return _defect("request_failed", "The server failed to read this request.", error)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Hold the compute slot."""
+        began = time.perf_counter()
+        with self._slot:
+            self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("wait"))
+            yield
+
+    def _run_metered(self, samples: list[TensorBatch]) -> list[Row]:
+        began = time.perf_counter()
+        rows = self._run(samples)
+        self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("compute"))
+        self.meter.count(SAMPLES, len(samples))
+        self.meter.observe(BATCH_SAMPLES, len(samples))
+        self.meter.observe(PADDING_SHARE, padding_share(samples, self.signature))
+        return rows
 
     def _run(self, samples: list[TensorBatch]) -> list[Row]:
         """Run one batch; when it fails, halve it, so that only the samples that fail alone are lost."""
@@ -185,28 +256,38 @@ class ServedModel:
             return list(split(outputs, samples, self.signature))
         except Exception as error:  # runtimes raise types of their own; one sample must not fail its neighbours
             if len(samples) == 1:
-                failure = InferenceError("inference_failed", "The model failed on this input.")
-                failure.__cause__ = error
-                return [failure]
+                return [_defect("inference_failed", "The model failed on this input.", error)]
             middle = len(samples) // 2
         # Outside of the clause: the error holds what the failed run had allocated, which the halves may need.
         return self._run(samples[:middle]) + self._run(samples[middle:])
 
-    def _build_answer(self, rows: Sequence[Row], *, many: bool) -> Answer:
-        predictions = []
+    def build_answer(self, decoded: Decoded, rows: Sequence[Row]) -> Answer:
+        """The answer of a request, given the row of each of its samples."""
         outputs = []
+        for row in rows:
+            if isinstance(row, RequestError):
+                return error_answer(row)
+            outputs.append(row)
         try:
-            for row in rows:
-                if isinstance(row, InferenceError):
-                    raise row
-                predictions.append(self._answerer(row))
-                outputs.append(row)
-        except InferenceError as error:
+            body = self._answerer.answer(decoded, outputs, self._identity)
+        except RequestError as error:
             return error_answer(error)
-        body = {"predictions": predictions} if many else predictions[0]
-        return Answer(body={**body, **self._identity}, outputs=tuple(outputs))
+        except Exception as error:  # as in reading
+            return error_answer(_defect("answer_failed", "The server failed to answer this request.", error))
+        return Answer(body=body, outputs=tuple(outputs))
 
 
 def error_answer(error: RequestError) -> Answer:
     """The answer of a request that failed."""
     return Answer(body={"error": {"code": error.code, "message": error.message}}, error=error)
+
+
+def _stage(name: str) -> tuple[tuple[str, str], ...]:
+    return (("stage", name),)
+
+
+def _defect(code: str, message: str, cause: Exception) -> InferenceError:
+    """An error of ours, which the log shows with its cause."""
+    failure = InferenceError(code, message)
+    failure.__cause__ = cause
+    return failure

@@ -9,6 +9,9 @@ from handlers.document import Section, shown
 from handlers.errors import SignatureError
 
 CHANNELS = {"L": 1, "RGB": 3}
+TRUNCATE = "truncate"
+REFUSE = "refuse"
+TOO_LONG = (TRUNCATE, REFUSE)
 
 DEFAULT_MAX_PIXELS = 4096 * 4096
 # Pillow's own limit (PIL.Image.MAX_IMAGE_PIXELS): it warns of larger images, and refuses those of twice as many.
@@ -95,13 +98,16 @@ class TextPreprocessing:
 
     Attributes:
         tokenizer: File name of the ``tokenizer.json`` at the archive's root.
-        max_length: Tokens of the longest text; longer ones are cut off.
+        max_length: Tokens of the longest text.
         pad_id: The token that fills up the shorter texts of a batch.
+        too_long: What becomes of longer texts, one of ``TOO_LONG``: they are cut off, and their answers say so; or
+            they are refused, for models whose answer to a part would mislead.
     """
 
     tokenizer: str
     max_length: int
     pad_id: int
+    too_long: str = TRUNCATE
 
     @classmethod
     def from_section(cls, section: Section) -> TextPreprocessing:
@@ -110,10 +116,18 @@ class TextPreprocessing:
             tokenizer=plain_file_name(section.string("tokenizer"), "preprocessing.text.tokenizer"),
             max_length=section.integer("max_length", minimum=1, maximum=_MAX_DIMENSION),
             pad_id=section.integer("pad_id", minimum=0, maximum=_MAX_TOKEN),
+            too_long=section.string("too_long", choices=TOO_LONG) if section.has("too_long") else TRUNCATE,
         )
         section.finish()
         return text
 
     def to_document(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"tokenizer": self.tokenizer, "max_length": self.max_length, "pad_id": self.pad_id}
+        document: dict[str, Any] = {
+            "tokenizer": self.tokenizer,
+            "max_length": self.max_length,
+            "pad_id": self.pad_id,
+        }
+        if self.too_long != TRUNCATE:  # so that archives of before keep their bytes
+            document["too_long"] = self.too_long
+        return document

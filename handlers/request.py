@@ -1,7 +1,8 @@
 """Requests: what TorchServe hands over, and what all tasks read alike.
 
-A body is JSON, ``{"inputs": ...}`` or KServe v1's ``{"instances": [...]}``, or one sample in a form of the task's own
-(its *medium*), such as an encoded image; multipart has one such sample a field.
+A body is JSON, ``{"inputs": ...}`` or KServe v1's ``{"instances": [...]}``, both with ``parameters`` beside them if the
+client likes, or an Open Inference Protocol request; or one sample in a form of the task's own (its *medium*), such as
+an encoded image; multipart has one such sample a field.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError
+from handlers.limits import MAX_JSON_LISTS, MAX_REQUEST_BYTES
+from handlers.open_inference import OpenRequest, is_open_request, parse_open_request
+from handlers.parameters import PARAMETERS_FIELD
+from handlers.words import kind, shown_keys
 
 JSON_TYPES = ("application/json",)
-# TorchServe answers what exceeds its own limit (max_request_size, set higher) with an empty 413.
-MAX_REQUEST_BYTES = 16 << 20
+RAW_TYPE = "application/octet-stream"
 # Types that clients send without having chosen them: the bytes decide.
-UNDECLARED_TYPES = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+UNDECLARED_TYPES = ("", RAW_TYPE, "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +32,16 @@ class Part:
         value: The raw bytes, or what TorchServe already made of them: the value of an ``application/json`` body, the
             string of a ``text/...`` one.
         content_type: Media type in lower case without parameters; empty when none was declared.
+        name: What a multipart body calls it. ``parameters`` are no sample, and may also come beside a body that is not
+            multipart.
+        json_bytes: How many bytes of a body are JSON, when the bytes of tensors follow (the Open Inference Protocol's
+            header ``Inference-Header-Content-Length``); None when all of them are what the type says.
     """
 
     value: object
     content_type: str
+    name: str = ""
+    json_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +54,7 @@ class Medium:
         accepted: What to send, for messages: ``send image/png, image/jpeg or application/json``.
         absent: The same as a fact: ``neither a PNG nor a JPEG image nor JSON``.
         wrong_field: The whole sentence for a field of a multipart body that is not of this form.
+        raw: Whether an ``application/octet-stream`` that is nothing else is a sample.
     """
 
     types: tuple[str, ...]
@@ -51,6 +62,7 @@ class Medium:
     accepted: str
     absent: str
     wrong_field: str
+    raw: bool = False
 
     @property
     def no_body(self) -> str:
@@ -68,10 +80,12 @@ class JsonBody:
     Attributes:
         key: ``inputs`` holds one sample or several; ``instances`` holds a list of at least one.
         value: What the key holds.
+        parameters: The request's parameters, unread; None if it has none.
     """
 
     key: Literal["inputs", "instances"]
     value: object
+    parameters: object = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,47 +94,73 @@ class MediaBody:
 
     Attributes:
         values: Bytes, or strings that TorchServe has decoded, one a sample.
-        many: True for multipart bodies of several fields, whose answer is a list.
+        many: True for multipart bodies of several samples, whose answer is a list.
+        parameters: The request's parameters, unread; None if it has none.
+        raw: True for bytes of which nothing says what they are.
     """
 
     values: tuple[bytes | str, ...]
     many: bool
+    parameters: object = None
+    raw: bool = False
 
 
-def read_body(parts: Sequence[Part], medium: Medium) -> JsonBody | MediaBody:
+Body = JsonBody | MediaBody | OpenRequest
+
+
+def read_body(parts: Sequence[Part], medium: Medium) -> Body:
     """Read one request as what it claims to be.
 
     Args:
-        parts: The request's fields; several only for multipart bodies.
+        parts: The request's fields; several only for multipart bodies, or with parameters.
         medium: The form that the task takes besides JSON.
 
     Raises:
         RequestError: If it is empty, too large, of another type, or no such JSON.
     """
-    if not parts:
-        raise MalformedError("empty_request", f"The request has no body; {medium.no_body}.")
     size = sum([len(part.value) for part in parts if isinstance(part.value, (bytes, bytearray, str))])
     if size > MAX_REQUEST_BYTES:
         raise TooLargeError("request_too_large", f"The request has {size} bytes; the limit is {MAX_REQUEST_BYTES}.")
+    parameters = None
+    if len(parts) > 1 or (parts and parts[0].name == PARAMETERS_FIELD):
+        parameters = _parameters([part for part in parts if part.name == PARAMETERS_FIELD])
+        parts = [part for part in parts if part.name != PARAMETERS_FIELD]
+    if not parts:
+        raise MalformedError("empty_request", f"The request has no body; {medium.no_body}.")
     if len(parts) > 1:
-        return MediaBody(values=tuple(_field(part, medium) for part in parts), many=True)
+        values = tuple(_field(part, medium) for part in parts)
+        return MediaBody(values=values, many=True, parameters=parameters)
     (part,) = parts
     value = part.value
     if isinstance(value, str) and part.content_type not in JSON_TYPES:  # TorchServe has decoded a text/... body
-        return MediaBody(values=(_decoded_text(value, part.content_type, medium),), many=False)
+        text = _decoded_text(value, part.content_type, medium)
+        return MediaBody(values=(text,), many=False, parameters=parameters)
     if not isinstance(value, (bytes, bytearray)):
-        return _json_body(value)
-    data = bytes(value)
-    if not data:
+        return _json_body(value, parameters)
+    if not value:
         raise _empty(medium)
-    undeclared = part.content_type in UNDECLARED_TYPES
+    if part.json_bytes is not None:
+        return _with_binary(bytes(value), part.json_bytes, parameters)
     if part.content_type in JSON_TYPES:
-        return _json_body(_load_json(data))
-    if part.content_type in medium.types or (undeclared and medium.recognises(data)):
-        return MediaBody(values=(data,), many=False)
+        return _json_body(_load_json(value), parameters)
+    return _undeclared(bytes(value), part.content_type, medium, parameters)
+
+
+def _undeclared(data: bytes, content_type: str, medium: Medium, parameters: object) -> Body:
+    """A body whose type does not say that it is JSON."""
+    undeclared = content_type in UNDECLARED_TYPES
+    if content_type in medium.types or (undeclared and medium.recognises(data)):
+        return MediaBody(values=(data,), many=False, parameters=parameters)
+    raw = content_type == RAW_TYPE and medium.raw
     if undeclared and looks_like_json(data):
-        return _json_body(_load_json(data))
-    raise UnsupportedTypeError("unsupported_type", _unsupported(part.content_type, medium))
+        try:
+            return _json_body(_load_json(data), parameters)
+        except MalformedError as error:
+            if not raw or error.code not in ("malformed_json", "not_utf8"):
+                raise
+    if raw:
+        return MediaBody(values=(data,), many=False, parameters=parameters, raw=True)
+    raise UnsupportedTypeError("unsupported_type", _unsupported(content_type, medium))
 
 
 def _decoded_text(value: str, content_type: str, medium: Medium) -> str:
@@ -140,34 +180,23 @@ def looks_like_json(data: bytes) -> bool:
     return data.lstrip()[:1] in (b"{", b"[")
 
 
-def too_many_samples(count: int, max_samples: int) -> TooLargeError:
-    """The error for a request with more samples than allowed."""
-    return TooLargeError(
-        "too_many_samples", f"The request holds {count} samples; send at most {max_samples} in one request."
-    )
-
-
 def no_samples(key: str) -> OutOfRangeError:
     """The error for a request whose list of samples is empty."""
     return OutOfRangeError("no_samples", f"'{key}' is empty; send at least one sample.")
 
 
-def kind(value: object) -> str:
-    """What a JSON value is, in words."""
-    names = {
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), "an object")
+def _parameters(parts: Sequence[Part]) -> object:
+    """What stands in the parts that are no samples; None if there are none, or nothing stands in them."""
+    if len(parts) > 1:
+        raise _parameters_twice()
+    value = parts[0].value if parts else None
+    if isinstance(value, str):
+        value = value.encode("utf-8", errors="replace")
+    return _load_json(value) if isinstance(value, (bytes, bytearray)) else value
 
 
-def shown_keys(keys: Sequence[object]) -> str:
-    """Keys of a client's object for a message: few, short and printable, for they go into logs too."""
-    return ", ".join(ascii(str(key)[:40]) for key in sorted(keys, key=str)[:5]) or "no key at all"
+def _parameters_twice() -> MalformedError:
+    return MalformedError("wrong_parameters", "The parameters come twice; send them in one place.")
 
 
 def _field(part: Part, medium: Medium) -> bytes | str:
@@ -190,7 +219,15 @@ def _unsupported(content_type: str, medium: Medium) -> str:
     return f"The content type {shown} is not supported; {medium.accepted}."
 
 
-def _load_json(data: bytes) -> object:
+def _load_json(data: bytes | bytearray) -> object:
+    if len(data) > MAX_JSON_LISTS:
+        count = data.count(b"[") + data.count(b"{")
+        if count > MAX_JSON_LISTS:
+            raise TooLargeError(
+                "json_too_complex",
+                f"The JSON has {count} lists and objects; the limit is {MAX_JSON_LISTS}; send fewer samples, "
+                "or flat or binary tensors.",
+            )
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -207,17 +244,56 @@ def _load_json(data: bytes) -> object:
         ) from error
 
 
-def _json_body(body: object) -> JsonBody:
+def _with_binary(data: bytes, json_bytes: int, parameters: object) -> OpenRequest:
+    """An Open Inference Protocol request whose tensors follow its JSON."""
+    if not 0 < json_bytes <= len(data):
+        raise MalformedError(
+            "wrong_binary_size",
+            f"The header Inference-Header-Content-Length says {json_bytes}, and the body has {len(data)} bytes.",
+        )
+    body = _load_json(data[:json_bytes])
+    if not isinstance(body, dict):
+        raise MalformedError("wrong_body", f"The JSON must be an object with the key 'inputs', not {kind(body)}.")
+    return _open_request(body, data[json_bytes:], parameters)
+
+
+def _json_body(body: object, parameters: object) -> JsonBody | OpenRequest:
     if not isinstance(body, dict):
         raise MalformedError("wrong_body", f"The JSON body must be an object with the key 'inputs', not {kind(body)}.")
-    if set(body) == {"inputs"}:
-        return JsonBody(key="inputs", value=body["inputs"])
-    if set(body) == {"instances"}:
-        instances = body["instances"]
-        if not isinstance(instances, list):
-            raise MalformedError("wrong_body", f"'instances' must be a list of samples, not {kind(instances)}.")
-        if not instances:
-            raise no_samples("instances")
-        return JsonBody(key="instances", value=instances)
+    if "inputs" in body and is_open_request(body):
+        return _open_request(body, b"", parameters)
+    if len(body) > 1 and PARAMETERS_FIELD in body:
+        body = dict(body)
+        parameters = _one_of(parameters, body.pop(PARAMETERS_FIELD))
+    if len(body) == 1:
+        if "inputs" in body:
+            return JsonBody(key="inputs", value=body["inputs"], parameters=parameters)
+        if "instances" in body:
+            return JsonBody(key="instances", value=_instances(body["instances"]), parameters=parameters)
     found = shown_keys(list(body))
-    raise MalformedError("wrong_key", f"The JSON body must have exactly one key, 'inputs' or 'instances', not {found}.")
+    raise MalformedError(
+        "wrong_key",
+        "The JSON body must have exactly one of the keys 'inputs' and 'instances', and may have 'parameters', "
+        f"not {found}.",
+    )
+
+
+def _instances(instances: object) -> list[object]:
+    if not isinstance(instances, list):
+        raise MalformedError("wrong_body", f"'instances' must be a list of samples, not {kind(instances)}.")
+    if not instances:
+        raise no_samples("instances")
+    return instances
+
+
+def _open_request(body: dict[str, object], binary: bytes, parameters: object) -> OpenRequest:
+    if parameters is not None:
+        body = {**body, PARAMETERS_FIELD: _one_of(parameters, body.get(PARAMETERS_FIELD))}
+    return parse_open_request(body, binary)
+
+
+def _one_of(outside: object, inside: object) -> object:
+    """The parameters, wherever they stand."""
+    if outside is not None and inside is not None:
+        raise _parameters_twice()
+    return inside if outside is None else outside

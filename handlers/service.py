@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
+from handlers.continuous import ContinuousWorker, serve_continuously
 from handlers.digests import verify_folder
-from handlers.document import Section
-from handlers.errors import InferenceError, LoadError, RequestError, SignatureError
-from handlers.model import Answer, ServedModel, error_answer
-from handlers.request import Part
+from handlers.errors import InferenceError, LoadError, RequestError, TooLargeError
+from handlers.fields import asks_for_description, read_parts
+from handlers.frames import Frame, Reply
+from handlers.limits import check_answer_size, max_answer_bytes
+from handlers.metadata import describe
+from handlers.metrics import ANSWERS, STAGE_SECONDS, Emitter
+from handlers.model import DEFAULT_MAX_BATCH, Answer, ServedModel, error_answer
+from handlers.settings import WorkerSettings
+from handlers.slots import ComputeSlot
+from handlers.wire import quieten_frontend_lines, read_in_few_pieces
 
 logger = logging.getLogger("torchport")
 
-# Fields that hold the body of a request that is not multipart; anything else beside them came from the URL's query.
-_BODY_FIELDS = ("body", "data")
-_DEFAULT_THREADS = 1
+# Not json.dumps, which would build an encoder for every answer.
+_ENCODER = json.JSONEncoder(allow_nan=False)
+_JSON = "application/json"
+# TorchServe's own, where model-config.yaml has none.
+_RESPONSE_TIMEOUT_S = 120
 
 
 class Context(Protocol):
@@ -42,6 +54,8 @@ class Service:
 
     def __init__(self) -> None:
         self._model: ServedModel | None = None
+        self._max_answer_bytes = max_answer_bytes()
+        self._description = Answer(body={})
 
     def initialize(self, context: Context) -> None:
         """Load, verify, warm up and replay. Only when all of it succeeds does the worker become ready.
@@ -51,20 +65,57 @@ class Service:
         """
         _log_to_stderr()
         folder = Path(context.system_properties["model_dir"])
+        config = context.model_yaml_config or {}
+        identity = {"model": context.model_name, "version": context.manifest["model"]["modelVersion"]}
         try:
             verify_folder(folder)
+            settings = WorkerSettings.read(config, os.environ)
             model = ServedModel.load(
                 folder,
-                threads=_threads(context.model_yaml_config),
-                max_batch=max(1, int(context.system_properties.get("batch_size") or 1)),
-                identity={"model": context.model_name, "version": context.manifest["model"]["modelVersion"]},
+                threads=settings.threads,
+                max_batch=settings.max_batch or _max_batch(context, config),
+                identity=identity,
+                slot=ComputeSlot(folder, settings.computing),
             )
             model.warm_up()
+            model.measure_cost()
             model.replay(folder)
         except LoadError as error:
             logger.error("model %s is not served: %s", context.model_name, error)
             raise
         self._model = model
+        self._description = Answer(
+            body=describe(
+                model.signature,
+                name=identity["model"],
+                version=identity["version"],
+                max_batch=settings.max_batch or _max_batch(context, config),
+                max_answer_bytes=self._max_answer_bytes,
+            )
+        )
+        model.meter.take()  # the golden samples are nobody's requests
+        if _in_worker_process():
+            self._take_over_process(context, model)
+
+    def _take_over_process(self, context: Context, model: ServedModel) -> None:
+        """What concerns the whole process: metrics, TorchServe's loop and wire, the garbage collector."""
+        labels = (("ModelName", context.model_name), ("ModelVersion", context.manifest["model"]["modelVersion"]))
+        Emitter(model.meter, labels).start()
+        quieten_frontend_lines()
+        timeout_s = float((context.model_yaml_config or {}).get("responseTimeout") or _RESPONSE_TIMEOUT_S)
+        serve_continuously(
+            lambda connection: ContinuousWorker(
+                model,
+                connection,
+                parts=lambda frame: read_parts(frame.fields, frame.headers),
+                encode=self._reply,
+                response_timeout_s=timeout_s,
+            )
+        )
+        read_in_few_pieces()
+        # What is there now stays: the collector need not look at it again at every full collection.
+        gc.collect()
+        gc.freeze()
 
     def handle(self, data: Sequence[Mapping[str, object]], context: Context) -> list[bytes]:
         """Answer one batch.
@@ -78,62 +129,56 @@ class Service:
         """
         if self._model is None:
             raise LoadError("the worker has not been initialised")
-        answers = self._model.answer([_parts(row, context.get_all_request_header(i)) for i, row in enumerate(data)])
-        return [self._encode(answer, context, i) for i, answer in enumerate(answers)]
+        headers = [context.get_all_request_header(i) for i in range(len(data))]
+        answers = self._model.answer([read_parts(row, own) for row, own in zip(data, headers, strict=True)])
+        began = time.perf_counter()
+        bodies = []
+        for i, answer in enumerate(answers):
+            chosen = self._description if asks_for_description(data[i], headers[i]) else answer
+            body, status = self._body(chosen, context.get_request_id(i))
+            context.set_response_content_type(i, _JSON)
+            if status is not HTTPStatus.OK:
+                # The reason phrase goes over TorchServe's wire by character count: it must stay ASCII.
+                context.set_response_status(status.value, status.phrase, i)
+            bodies.append(body)
+        self._model.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "encode"),))
+        return bodies
 
-    def _encode(self, answer: Answer, context: Context, index: int) -> bytes:
-        """Set one request's status and build its bytes."""
+    def _reply(self, answer: Answer, frame: Frame) -> Reply:
+        if asks_for_description(frame.fields, frame.headers):
+            answer = self._description
+        body, status = self._body(answer, frame.id.decode())
+        return Reply(frame.id, status.value, status.phrase, _JSON, body)
+
+    def _body(self, answer: Answer, request_id: str | None) -> tuple[bytes, HTTPStatus]:
+        """One answer's bytes and status; a failure is counted and logged."""
         try:
-            body = json.dumps(answer.body, allow_nan=False).encode()
+            body = _ENCODER.encode(answer.body).encode()
+            check_answer_size(body, self._max_answer_bytes)
+        except TooLargeError as error:
+            answer = error_answer(error)
+            body = json.dumps(answer.body).encode()
         except ValueError as error:
             answer = error_answer(InferenceError("model_output_not_finite", str(error)))
             body = json.dumps(answer.body).encode()
-        context.set_response_content_type(index, "application/json")
+        status = HTTPStatus.OK if answer.error is None else HTTPStatus(answer.error.status)
         if answer.error is not None:
-            status = HTTPStatus(answer.error.status)
-            # The reason phrase goes over TorchServe's wire by character count: it must stay ASCII.
-            context.set_response_status(status.value, status.phrase, index)
-            _log_failure(answer.error, context.get_request_id(index))
-        return body
+            _log_failure(answer.error, request_id)
+        if self._model is not None:
+            self._model.meter.count(ANSWERS, 1, (("code", str(status.value)),))
+        return body, status
 
 
-def _threads(config: Mapping[str, object] | None) -> int:
-    """Threads of this worker, from the ``torchport`` section of the archive's model-config.yaml."""
-    try:
-        root = Section(config or {}, "model-config.yaml")
-        if not root.has("torchport"):
-            return _DEFAULT_THREADS
-        section = root.section("torchport")
-        threads = section.integer("threads", minimum=1, maximum=1024)
-        section.finish()
-    except SignatureError as error:
-        raise LoadError(str(error)) from error
-    return threads
+def _in_worker_process() -> bool:
+    """Whether this process is a worker that TorchServe started, and does nothing else."""
+    return hasattr(sys.modules["__main__"], "TorchModelServiceWorker")
 
 
-def _parts(row: Mapping[str, object], headers: Mapping[str, object]) -> list[Part]:
-    """The body of a request, or the fields of a multipart one."""
-    body = [] if _request_type(headers) == "multipart/form-data" else [name for name in _BODY_FIELDS if name in row]
-    names = body[:1] or list(row)
-    return [Part(value=row[name], content_type=_content_type(name, headers)) for name in names]
-
-
-def _content_type(field: str, headers: Mapping[str, object]) -> str:
-    """The media type of one field: its own in a multipart body, else the request's."""
-    own = headers.get(field)
-    value = own.get("content-type") if isinstance(own, Mapping) else None
-    return _media_type(str(value)) if value else _request_type(headers)
-
-
-def _request_type(headers: Mapping[str, object]) -> str:
-    """The media type that the request itself declares."""
-    return _media_type(
-        next((v for name, v in headers.items() if name.lower() == "content-type" and isinstance(v, str)), "")
-    )
-
-
-def _media_type(header: str) -> str:
-    return header.partition(";")[0].strip().lower()
+def _max_batch(context: Context, config: Mapping[str, object]) -> int:
+    """Samples computed at once, where no setting says it: TorchServe's batches, unless they are requests in flight."""
+    if config.get("asyncCommunication"):
+        return DEFAULT_MAX_BATCH
+    return max(1, int(context.system_properties.get("batch_size") or 1))
 
 
 def _log_failure(error: RequestError, request_id: str | None) -> None:

@@ -11,13 +11,15 @@ import numpy as np
 
 from handlers.decoder import Decoded
 from handlers.errors import LoadError, MalformedError, OutOfRangeError, TooLargeError, one_line
-from handlers.preprocessing import TextPreprocessing
-from handlers.request import JsonBody, Medium, Part, kind, looks_like_json, no_samples, read_body, too_many_samples
+from handlers.limits import MAX_TEXT_CHARS, too_many_samples
+from handlers.open_inference import TEXT_INPUT, OpenReply, OpenRequest, check_outputs, output_tensors
+from handlers.open_tensors import check_names, count_samples, read_texts
+from handlers.parameters import NO_PARAMETERS, read_parameters
+from handlers.preprocessing import REFUSE, TextPreprocessing
+from handlers.request import Body, JsonBody, Medium, Part, looks_like_json, no_samples, read_body
 from handlers.signature import INPUT_IDS, Signature
 from handlers.tensors import TensorBatch
-
-# All of a text is cut into tokens, at some 1 MB/s, before it is cut off: a long one would keep its neighbours waiting.
-MAX_TEXT_CHARS = 100_000
+from handlers.words import kind
 
 TEXTS = Medium(
     # The second is what a field of a form has that declares no type of its own.
@@ -69,15 +71,18 @@ class TextDecoder:
     """Decodes requests of texts; see :class:`handlers.decoder.Decoder`.
 
     Args:
-        signature: Names, dtypes and ranges of ``input_ids`` and ``attention_mask``.
+        signature: Names, dtypes and ranges of ``input_ids`` and ``attention_mask``, the longest text, the labels.
         tokenizer: What :func:`load_tokenizer` gave.
         max_samples: Requests with more texts are refused.
     """
 
     def __init__(self, signature: Signature, tokenizer: Any, *, max_samples: int) -> None:
-        self._inputs = signature.inputs
+        self._inputs = [(spec.name, spec.numpy_dtype) for spec in signature.inputs]
+        self._outputs = tuple(output_tensors(signature))
+        self._classes = len(signature.labels)
         self._tokenizer = tokenizer
         self._max_samples = max_samples
+        self._refuses = signature.text is not None and signature.text.too_long == REFUSE
         ids = signature.input(INPUT_IDS)
         self._lowest, self._highest = ids.minimum, ids.maximum
         unknown = getattr(tokenizer.model, "unk_token", None)
@@ -86,16 +91,34 @@ class TextDecoder:
     def decode(self, parts: Sequence[Part]) -> Decoded:
         """Decode one request; see :class:`handlers.decoder.Decoder`."""
         body = read_body(parts, TEXTS)
-        if isinstance(body, JsonBody):
-            texts, many = _json_texts(body)
-        else:
-            texts, many = [_text_of(value) for value in body.values], body.many
+        parameters = NO_PARAMETERS
+        if body.parameters is not None:
+            parameters = read_parameters(body.parameters, classes=self._classes)
+        texts, many, reply = self._texts(body)
         if len(texts) > self._max_samples:
             raise too_many_samples(len(texts), self._max_samples)
-        return Decoded(samples=[self._sample(text) for text in texts], many=many)
+        samples = []
+        truncated = set()
+        for position, text in enumerate(texts):
+            ids, cut = self._encode(text)
+            if cut:
+                truncated.add(position)
+            samples.append(self._sample(ids))
+        return Decoded(samples=samples, many=many, parameters=parameters, truncated=frozenset(truncated), reply=reply)
 
-    def _sample(self, text: str) -> TensorBatch:
-        """The inputs of one text, each ``[tokens]``; at least one token."""
+    def _texts(self, body: Body) -> tuple[list[str], bool, OpenReply | None]:
+        """The texts of a request, whether they were sent as a list, and what its own form says about its answer."""
+        if isinstance(body, JsonBody):
+            return *_json_texts(body), None
+        if not isinstance(body, OpenRequest):
+            return [_text_of(value) for value in body.values], body.many, None
+        check_outputs(body.reply, self._outputs)
+        check_names(body, [TEXT_INPUT])
+        count_samples(body, max_samples=self._max_samples)
+        return read_texts(body.inputs[0]), True, body.reply
+
+    def _encode(self, text: str) -> tuple[list[int], bool]:
+        """The token ids of one text, at least one, and whether its end was cut off."""
         if len(text) > MAX_TEXT_CHARS:
             raise TooLargeError(
                 "text_too_long",
@@ -107,12 +130,23 @@ class TextDecoder:
             raise MalformedError(
                 "not_unicode", f"A text holds half a surrogate pair (character {error.start}); send whole characters."
             ) from error
-        ids = self._tokenizer.encode(text).ids
+        encoding = self._tokenizer.encode(text)
+        ids: list[int] = encoding.ids
+        cut = bool(encoding.overflowing)
+        if cut and self._refuses:
+            raise OutOfRangeError(
+                "too_many_tokens",
+                f"A text has more than the {len(ids)} tokens that the model takes; send a part of it.",
+            )
         if not ids:
             # As in training: a text of blanks alone is one unknown token.
             if self._unknown_id is None:
                 raise OutOfRangeError("empty_text", "A text has no token; send at least one word.")
             ids = [self._unknown_id]
+        return ids, cut
+
+    def _sample(self, ids: list[int]) -> TensorBatch:
+        """The inputs of one text, each ``[tokens]``."""
         if (self._lowest is not None and min(ids) < self._lowest) or (
             self._highest is not None and max(ids) > self._highest
         ):
@@ -121,10 +155,8 @@ class TextDecoder:
                 f"A text has tokens that the model does not know ({max(ids)}, of {self._highest:g}); send other words.",
             )
         return {
-            spec.name: np.array(ids, dtype=spec.numpy_dtype)
-            if spec.name == INPUT_IDS
-            else np.ones(len(ids), dtype=spec.numpy_dtype)
-            for spec in self._inputs
+            name: np.array(ids, dtype) if name == INPUT_IDS else np.ones(len(ids), dtype)
+            for name, dtype in self._inputs
         }
 
 

@@ -21,7 +21,7 @@ def warm_up(backend: Backend, signature: Signature, max_batch: int) -> None:
         BackendError: If the model fails, or gives another name, shape or dtype than the signature says.
     """
     for size, sizes in _extremes(signature, max_batch):
-        batch = {spec.name: _plain(spec, size, sizes) for spec in signature.inputs}
+        batch = plain_batch(signature, size, sizes)
         # Twice: TorchScript's profiling executor records on the first run and optimises on the second.
         for _ in range(2):
             try:
@@ -41,6 +41,17 @@ def _extremes(signature: Signature, max_batch: int) -> Iterator[tuple[int, dict[
     if largest != smallest:
         for size in sorted({1, max_batch}):
             yield size, largest
+
+
+def plain_batch(signature: Signature, size: int, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """A batch of the values nearest to zero that the inputs may hold.
+
+    Args:
+        signature: The inputs.
+        size: Samples.
+        sizes: Of the dynamic axes by name.
+    """
+    return {spec.name: _plain(spec, size, sizes) for spec in signature.inputs}
 
 
 def _plain(spec: TensorSpec, size: int, sizes: Mapping[str, int]) -> Array:

@@ -219,6 +219,25 @@ def test_two_archives_of_one_name_are_refused() -> None:
         cli._refuse_twins(named("digits", "other", "other"))
 
 
+def test_an_unknown_scheduling_is_refused_with_those_that_there_are(archive: Path, folder: Path) -> None:
+    with pytest.raises(StartError, match=r"--scheduling is 'batch'; choose continuous or batches"):
+        cli.serve([archive], scheduling="batch")
+    assert not (folder / "state").exists()
+
+
+@pytest.mark.parametrize(("options", "installed"), [((), True), (("--scheduling", "batches"), False)])
+def test_the_scheduling_reaches_the_server(
+    archive: Path, folder: Path, options: tuple[str, ...], installed: bool
+) -> None:
+    with serving(archive, folder, *options) as server:
+        server.wait_until_ready()
+        assert any((folder / "state").rglob("AsyncBatchAggregator.class")) == installed
+        with zipfile.ZipFile(next((folder / "temporary").rglob("digits.mar"))) as loaded:
+            assert (b"asyncCommunication" in loaded.read("model-config.yaml")) == installed
+        assert server.end(signal.SIGTERM) == 0
+    server.assert_nothing_is_left()
+
+
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     for command in (MAKE_PRIVATE_KEY, MAKE_PUBLIC_KEY):

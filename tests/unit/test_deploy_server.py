@@ -367,3 +367,33 @@ def test_a_server_that_was_not_started_says_so(scene: Scene) -> None:
         with pytest.raises(StartError):
             call()
     assert not scene.state.exists()
+
+
+CLASS = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
+
+
+@pytest.mark.parametrize(("scheduling", "possible"), [("continuous", True), ("continuous", False), ("batches", True)])
+def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, scheduling: str, possible: bool
+) -> None:
+    monkeypatch.setattr("deploy.continuous.is_possible", lambda archive: possible)
+    monkeypatch.setattr("deploy.continuous.make_continuous", lambda path: path.write_bytes(b"a continuous one"))
+    wanted = possible and scheduling == "continuous"
+    left = scene.server().state.folder / CLASS
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"what a server that was killed left")
+    with scene.server(scheduling=scheduling) as server:
+        server.wait_until_ready(READY_TIMEOUT_S)
+        loaded = Path(scene.seen()["config"]["model_store"]) / "digits.mar"
+        assert loaded.read_bytes() == (b"a continuous one" if wanted else b"an archive")
+        assert left.exists() == wanted
+        assert not wanted or left.read_bytes().startswith(b"\xca\xfe\xba\xbe")
+    assert not (server.state.folder / "org").exists()
+    assert scene.archive.path.read_bytes() == b"an archive"
+    scene.assert_nothing_is_left()
+
+
+def test_it_is_continuous_where_nobody_says_otherwise(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.continuous.is_possible", lambda archive: True)
+    assert scene.server()._continuous == {"digits"}
+    assert scene.server(scheduling="batches")._continuous == set()

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from handlers.answering import build_answerer
+from handlers.answering import Answerer
+from handlers.decoder import Decoded
 from handlers.errors import InferenceError
 from handlers.signature import TENSOR, Signature
 from handlers.tensors import TensorSpec
@@ -12,11 +13,13 @@ from handlers.tensors import TensorSpec
 @pytest.fixture
 def tensors():
     spec = TensorSpec(name="x", dtype="float32", shape=("batch",))
-    return build_answerer(Signature(task=TENSOR, inputs=(spec,), outputs=(spec,)))
+    answerer = Answerer(Signature(task=TENSOR, inputs=(spec,), outputs=(spec,)))
+    return lambda outputs: answerer.answer(Decoded(samples=[{}], many=False), [outputs], {})
 
 
 def test_classes_are_answered_with_labels(signature):
-    assert build_answerer(signature)({"logits": np.float32([0, 3, 1])})["label"] == "mid"
+    answer = Answerer(signature).answer(Decoded(samples=[{}], many=False), [{"logits": np.float32([0, 3, 1])}], {})
+    assert answer["label"] == "mid"
 
 
 def test_tensors_are_answered_as_nested_lists(tensors):

@@ -35,6 +35,13 @@ def test_only_the_first_few_classes_are_listed():
     assert len(answer(1, 2)["top_k"]) == 2
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 7])
+def test_a_request_may_ask_for_more_or_fewer(top_k):
+    result = Classifier(LABELS).answer(np.arange(7, dtype=np.float32), top_k)
+    assert [item["label"] for item in result["top_k"]] == list("gfedcba")[:top_k]
+    assert result["label"] == "g"
+
+
 def test_huge_logits_do_not_overflow():
     assert answer(3e38, -3e38, 0)["probability"] == 1.0
 

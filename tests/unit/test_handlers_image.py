@@ -1,11 +1,16 @@
+import dataclasses
+import io
 import struct
+import time
+import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from handlers.errors import RequestError
 from handlers.image import EncodedImage, ImageDecoder, PixelArray
@@ -40,14 +45,44 @@ def normalised(pixels, spec):
     return (pixels / 255 - np.array(spec.mean)) / np.array(spec.std)
 
 
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks, width=3, height=2, pixels=None):
+    """A grey PNG with further chunks before its pixels; black, or with almost none."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = b"\0" * (width + 1) * height if pixels is None else pixels
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def png_header(width, height):
     """A PNG that says its size and holds almost no pixels."""
+    return png_with(width=width, height=height, pixels=b"\0\0")
 
-    def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b"")
+def exif(tags, size, orientation=1):
+    """EXIF data of many tags, each of which claims the same many bytes."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    entries += b"".join(struct.pack("<HHII", 0x0200 + i, 1, size, 8) for i in range(tags))
+    return b"II*\0" + struct.pack("<IH", 8, tags + 1) + entries + bytes(4) + bytes(size)
+
+
+def jpeg_with_exif(data, content):
+    """A JPEG with EXIF data in as many segments as they need."""
+    pieces = [content[i : i + 65_000] for i in range(0, len(content), 65_000)]
+    segments = [b"\xff\xe1" + struct.pack(">H", len(piece) + 8) + b"Exif\0\0" + piece for piece in pieces]
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def attempt(data):
+    """The status; anything but a RequestError goes through."""
+    try:
+        decode_file(data)
+    except RequestError as error:
+        return error.status
+    return 200
 
 
 class TestFiles:
@@ -79,6 +114,36 @@ class TestFiles:
         exif[0x0112] = 3  # upside down
         data = encode(image.rotate(180), "PNG", exif=exif)
         np.testing.assert_allclose(decode_file(data), [normalised(GREY_PIXELS, GREY)], rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("format", ["PNG", "JPEG"])
+    @pytest.mark.parametrize("orientation", range(10))
+    def test_every_orientation_is_turned_as_pillow_does(self, encode, format, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8), format, exif=exif)
+        spec = dataclasses.replace(GREY, height=7, width=5) if orientation in (5, 6, 7, 8) else GREY
+        with Image.open(io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image).resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+        expected = normalised(np.asarray(upright), spec)
+        np.testing.assert_allclose(decode_file(data, spec), [expected], rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("tags", [510, 511, 512])
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    def test_more_exif_tags_than_any_camera_writes_are_refused(self, encode, kind, tags):
+        content = exif(tags, 4, 1)
+        if kind == "PNG":
+            data = png_with(chunk(b"eXIf", content))
+        else:
+            data = jpeg_with_exif(encode(GREY_PIXELS, "JPEG"), content)
+        assert attempt(data) == (200 if tags < 512 else 400)
+
+    @pytest.mark.parametrize(
+        "before", [b"", b"junk", b"\xff\xc8", b"\xff\xff\xff", b"\xff\xf0\xff\x00", b"\xff\xe1\0\x08Exif\0\0"]
+    )
+    def test_nothing_that_pillow_skips_hides_the_tags_of_a_jpeg(self, encode, before):
+        data = jpeg_with_exif(encode(GREY_PIXELS, "JPEG"), exif(600, 4, 1))
+        with pytest.raises(RequestError, match="has 601 EXIF tags; the limit is 512"):
+            decode_file(data[:2] + before + data[2:])
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
     def test_every_8_bit_mode_is_converted(self, encode, mode):
@@ -130,6 +195,72 @@ class TestFiles:
 
     def test_the_largest_image_allowed_is_taken(self, encode):
         decode_file(encode(np.zeros((10, 10), np.uint8)))
+
+    def test_several_images_are_counted_together(self):
+        decoder = ImageDecoder(GREY, max_samples=300)
+        largest = png_header(10, 10)
+        decoder.check_total([largest] * 8 + [b"no image"] * 9 + [png_header(1 << 30, 1 << 30)])
+        with pytest.raises(RequestError, match="have 900 pixels in all; the limit is 800") as caught:
+            decoder.check_total([largest] * 9)
+        assert (caught.value.status, caught.value.code) == (413, "image_too_large")
+
+    @pytest.mark.parametrize(
+        "bomb",
+        [
+            chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(200 << 20))),
+            chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(200 << 20))),
+            chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(200 << 20))),
+            chunk(b"tEXt", b"key\0" + bytes(4 << 20)),
+        ],
+        ids=["zTXt", "iCCP", "iTXt", "tEXt"],
+    )
+    @pytest.mark.parametrize("count", [1, 40])
+    def test_what_unpacks_to_much_beside_the_pixels_is_not_unpacked(self, bomb, count):
+        data = png_with(*[bomb] * count)
+        tracemalloc.start()
+        began = time.perf_counter()
+        try:
+            status = attempt(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert status in (200, 400)
+        assert peak < 2 * len(data) + (80 << 20)  # Pillow's own bound for texts is 64 MiB in all
+        assert time.perf_counter() - began < 5
+
+    def test_an_animation_is_its_first_picture(self):
+        frames = [Image.fromarray(GREY_PIXELS), Image.fromarray(255 - GREY_PIXELS)]
+        buffer = io.BytesIO()
+        frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:] * 50)
+        np.testing.assert_allclose(decode_file(buffer.getvalue()), [normalised(GREY_PIXELS, GREY)], atol=1e-6)
+
+    @pytest.mark.parametrize("frames", [0, (1 << 31) - 1])
+    def test_an_animation_that_claims_any_number_of_pictures_is_no_burden(self, frames):
+        animation = chunk(b"acTL", struct.pack(">II", frames, 0))
+        assert attempt(png_with(animation)) in (200, 400)
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    @pytest.mark.parametrize("orientation", [1, 3])
+    @pytest.mark.parametrize(("tags", "size"), [(60_000, 0), (60_000, 5), (3_000, 60_000), (200, 4 << 20)])
+    def test_absurd_exif_takes_neither_time_nor_memory_nor_lines_of_log(self, encode, kind, orientation, tags, size):
+        content = exif(tags, size, orientation)
+        if kind == "PNG":
+            data = png_with(chunk(b"eXIf", content))
+        else:
+            data = jpeg_with_exif(encode(GREY_PIXELS, "JPEG"), content)
+        tracemalloc.start()
+        began = time.perf_counter()
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                status = attempt(data)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert status in (200, 400)
+        assert caught == []
+        assert peak < 8 * len(data) + (8 << 20)
+        assert time.perf_counter() - began < 5
 
     @given(st.binary(max_size=300))
     @example(png_header(3, 2))

@@ -1,10 +1,12 @@
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 
-from handlers.errors import BackendError, GoldenError, LoadError, MalformedError
+from handlers.cost import measure_cost
+from handlers.errors import BackendError, GoldenError, LoadError, MalformedError, UnsupportedTypeError
 from handlers.model import MAX_SAMPLES_PER_REQUEST, ServedModel
 from handlers.request import Part
 
@@ -56,7 +58,8 @@ def test_no_requests_have_no_answers(model):
 
 def test_more_than_the_largest_batch_runs_in_pieces(model, brightness_backend, png_request):
     model.answer([png_request("dark")] * 10)
-    assert brightness_backend.batch_sizes == [4, 4, 2]
+    assert (sum(brightness_backend.batch_sizes), len(brightness_backend.batch_sizes)) == (10, 3)
+    assert max(brightness_backend.batch_sizes) == 4
 
 
 def test_several_samples_in_one_request_are_a_list_in_order(model, png_request):
@@ -128,6 +131,71 @@ def test_decode_gives_the_input_tensor_or_raises(model, png_request):
     assert sample["image"].shape == (1, 8, 8)
     with pytest.raises(MalformedError):
         model.decode([])
+
+
+class Slot:
+    """A compute slot that notes when it is taken and left."""
+
+    def __init__(self, events):
+        self._events = events
+
+    def __enter__(self):
+        self._events.append("taken")
+
+    def __exit__(self, *error):
+        self._events.append("left")
+
+
+def test_the_slot_is_held_while_the_model_computes_and_no_longer(served_signature, fake_backend, png_request):
+    events = []
+
+    def compute(sample):
+        events.append("computes")
+        return np.array([1.0, 0, 0])
+
+    model = ServedModel(served_signature, fake_backend(compute), max_batch=1, slot=Slot(events))
+    model.answer([BAD])
+    assert events == []
+    model.answer([png_request("dark"), BAD, png_request("dark")])
+    assert events == ["taken", "computes", "computes", "left"]
+    model.run(model.decode(png_request("dark")))
+    assert events[4:] == ["taken", "computes", "left"]
+
+
+def test_the_slot_is_left_when_the_model_fails(served_signature, fake_backend, png_request):
+    events = []
+    ServedModel(served_signature, fake_backend(fails_on_bright), slot=Slot(events)).answer([png_request("bright")])
+    assert events == ["taken", "left"]
+
+
+def test_one_request_after_another_is_what_a_batch_of_them_is(model, png_request):
+    """The way of the continuous worker: read, plan, run, build_answer."""
+    requests = [json_request(0, 255, 128), png_request("mid"), BAD, png_request("dark")]
+    decoded = [model.read(parts) for parts in requests]
+    assert isinstance(decoded.pop(2), MalformedError | UnsupportedTypeError)
+    samples = [sample for item in decoded for sample in item.samples]
+    rows = {}
+    for indices in model.plan(samples):
+        rows.update(zip(indices, model.run([samples[i] for i in indices]), strict=True))
+    places = [range(3), range(3, 4), range(4, 5)]
+    answers = [model.build_answer(item, [rows[i] for i in place]) for item, place in zip(decoded, places, strict=True)]
+    expected = model.answer(requests)
+    assert [answer.body for answer in answers] == [expected[i].body for i in (0, 1, 3)]
+
+
+def test_the_time_of_a_batch_is_expected_by_what_was_measured(served_signature, fake_backend, monkeypatch):
+    clock = [100.0]
+
+    def compute(sample):
+        clock[0] += 0.25
+        return np.array([1.0, 0, 0])
+
+    model = ServedModel(served_signature, fake_backend(compute), max_batch=8)
+    sample = {"image": np.zeros((1, 8, 8), np.float32)}
+    monkeypatch.setattr("handlers.model.measure_cost", partial(measure_cost, clock=lambda: clock[0]))
+    cost = model.measure_cost(limit_s=60)
+    assert cost.seconds(4, 1) == pytest.approx(1.0, rel=1e-4)
+    assert model.expected_seconds([sample] * 3) == pytest.approx(0.75, rel=1e-4)
 
 
 class TestWarmUp:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from handlers import request as request_module
 from handlers.errors import RequestError
 from handlers.image import EncodedImage, PixelArray
-from handlers.image_request import ParsedRequest, parse_request
-from handlers.request import Part
+from handlers.image_request import IMAGES, ParsedRequest, parse_body
+from handlers.open_inference import OpenRequest
+from handlers.request import MediaBody, Medium, Part, read_body
 
 PNG = b"\x89PNG\r\n\x1a\n rest"
 JPEG = b"\xff\xd8\xff rest"
@@ -17,7 +18,8 @@ B64 = base64.b64encode(PNG).decode()
 
 
 def parse(*parts, max_samples=4):
-    return parse_request([Part(value=value, content_type=kind) for value, kind in parts], max_samples=max_samples)
+    body = read_body([Part(value=value, content_type=kind) for value, kind in parts], IMAGES)
+    return body if isinstance(body, OpenRequest) else parse_body(body, max_samples=max_samples)
 
 
 def json_part(document):
@@ -171,3 +173,93 @@ def test_random_requests_are_parsed_or_refused(parts):
 def test_random_json_is_parsed_or_refused(value):
     for document in (value, {"inputs": value}, {"instances": value}):
         assert 200 <= status_of((document, "application/json")) < 500
+
+
+TEXT = Medium(
+    types=("text/plain",),
+    recognises=lambda data: False,
+    accepted="send text/plain",
+    absent="no text",
+    wrong_field="Each field must be text.",
+)
+
+
+def read(*parts):
+    return read_body([Part(value=value, content_type=kind, name=name) for value, kind, name in parts], TEXT)
+
+
+def read_refusal(*parts):
+    with pytest.raises(RequestError) as caught:
+        read(*parts)
+    return caught.value.status, caught.value.code
+
+
+JSON = "application/json"
+
+
+class TestParameters:
+    @pytest.mark.parametrize("value", [b'{"top_k": 3}', bytearray(b'{"top_k": 3}'), '{"top_k": 3}', {"top_k": 3}])
+    def test_they_may_come_beside_a_raw_body(self, value):
+        body = read((b"hello", "text/plain", ""), (value, JSON, "parameters"))
+        assert body == MediaBody(values=(b"hello",), many=False, parameters={"top_k": 3})
+
+    def test_they_may_be_a_field_among_several(self):
+        body = read(("a", "text/plain", "x"), (b'{"top_k": 3}', "", "parameters"), ("b", "text/plain", "y"))
+        assert (body.values, body.many, body.parameters) == (("a", "b"), True, {"top_k": 3})
+
+    @pytest.mark.parametrize("key", ["inputs", "instances"])
+    def test_they_may_stand_in_the_body(self, key):
+        body = read((json.dumps({"parameters": {"top_k": 3}, key: [1]}).encode(), JSON, ""))
+        assert (body.key, body.value, body.parameters) == (key, [1], {"top_k": 3})
+
+    def test_or_beside_a_body_that_has_none(self):
+        assert read((b'{"inputs": 1}', JSON, ""), (b"{}", JSON, "parameters")).parameters == {}
+
+    @pytest.mark.parametrize(
+        "inputs", [b"1", b'[{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]'], ids=["json", "open"]
+    )
+    def test_twice_is_once_too_often(self, inputs):
+        body = (b'{"parameters": {}, "inputs": ' + inputs + b"}", JSON, "")
+        assert read_refusal(body, (b"{}", JSON, "parameters")) == (400, "wrong_parameters")
+        assert read_refusal(body, *[(b"{}", JSON, "parameters")] * 2) == (400, "wrong_parameters")
+
+    def test_they_are_no_request_by_themselves(self):
+        assert read_refusal((b'{"top_k": 3}', "", "parameters")) == (400, "empty_request")
+        assert read_refusal((b'{"parameters": {"top_k": 3}}', JSON, "")) == (400, "wrong_key")
+
+    @pytest.mark.parametrize("value", [b"{", b"\xff", "\ud800{"])
+    def test_what_is_no_json_is_refused(self, value):
+        assert read_refusal((b"hello", "text/plain", ""), (value, JSON, "parameters"))[0] == 400
+
+    def test_their_size_counts(self, monkeypatch):
+        monkeypatch.setattr(request_module, "MAX_REQUEST_BYTES", 8)
+        assert read_refusal((b"hello", "text/plain", ""), (b"{   }", JSON, "parameters")) == (413, "request_too_large")
+
+
+class TestJson:
+    @pytest.mark.parametrize("item", [b"[]", b"{}", b"[1]"])
+    def test_more_lists_than_memory_should_hold_are_refused_unread(self, item, monkeypatch):
+        monkeypatch.setattr(request_module, "MAX_JSON_LISTS", 10)
+        fitting = b'{"inputs": [' + b",".join([item] * 8) + b"]}"
+        assert len(read((fitting, JSON, "")).value) == 8
+        monkeypatch.setattr(request_module.json, "loads", None)
+        refused = b'{"inputs": [' + b",".join([item] * 9) + b"]}"
+        assert read_refusal((refused, JSON, "")) == (413, "json_too_complex")
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"[" * 100_000,
+            b'{"inputs":' * 50_000,
+            b'{"inputs": ' + b"9" * 4301 + b"}",
+            b"\xef\xbb\xbf{}",
+            b'{"inputs": 1,}',
+            b'{"inputs": 01}',
+            b"{'inputs': 1}",
+            b'{"inputs": 1} {"inputs": 2}',
+            b'{"inputs": "\x00"}',
+            b"\xff\xfe{\x00}\x00",
+        ],
+    )
+    def test_what_is_no_json_is_malformed(self, data):
+        assert read_refusal((data, JSON, ""))[0] == 400

@@ -1,6 +1,9 @@
 import json
 import logging
 import shutil
+import socket
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +11,13 @@ import pytest
 
 from handlers.entry import Entry
 from handlers.errors import BackendError, DigestError, GoldenError, LoadError
-from handlers.model import ServedModel
+from handlers.metrics import Emitter
+from handlers.model import DEFAULT_MAX_BATCH, ServedModel
 from handlers.service import Service, logger
+
+from .stock_torchserve import Replies, inference_request, message
+
+DEADLINE_S = 200
 
 
 class FakeContext:
@@ -46,6 +54,18 @@ def _quiet_logger(caplog):
     logger.propagate = False
     yield
     logger.handlers[:], logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def changed(monkeypatch):
+    """What a worker changes of its process stays as it was; says what it would have changed, in order."""
+    changes = []
+    monkeypatch.setattr("handlers.service.serve_continuously", lambda start: changes.append(("loop", start)))
+    for name in ("read_in_few_pieces", "quieten_frontend_lines"):
+        monkeypatch.setattr(f"handlers.service.{name}", lambda name=name: changes.append((name, None)))
+    monkeypatch.setattr("handlers.service.gc", SimpleNamespace(collect=lambda: None, freeze=lambda: None))
+    monkeypatch.setattr(Emitter, "start", lambda self: changes.append(("metrics", self)))
+    return changes
 
 
 @pytest.fixture
@@ -200,6 +220,88 @@ class TestInitialize:
         entry = Entry()
         entry.initialize(FakeContext(extracted, batch_size=3))
         assert entry._model._max_batch == 3
+
+    def test_with_requests_in_flight_it_is_not_the_largest_batch(self, extracted):
+        entry = Entry()
+        entry.initialize(FakeContext(extracted, batch_size=256, config={"asyncCommunication": True}))
+        assert entry._model._max_batch == DEFAULT_MAX_BATCH
+
+    @pytest.mark.parametrize("in_flight", [True, False])
+    def test_a_setting_is_the_largest_batch_either_way(self, extracted, in_flight):
+        entry = Entry()
+        config = {"asyncCommunication": in_flight, "torchport": {"max_batch": 5}}
+        entry.initialize(FakeContext(extracted, batch_size=256, config=config))
+        assert entry._model._max_batch == 5
+
+    def test_the_environment_replaces_a_setting(self, extracted, monkeypatch):
+        monkeypatch.setenv("TORCHPORT_MAX_BATCH", "2")
+        entry = Entry()
+        entry.initialize(FakeContext(extracted, config={"torchport": {"max_batch": 5}}))
+        assert entry._model._max_batch == 2
+
+    def test_a_wrong_variable_is_refused_with_its_name(self, extracted, monkeypatch, caplog):
+        monkeypatch.setenv("TORCHPORT_THREADS", "many")
+        with pytest.raises(LoadError, match="TORCHPORT_THREADS must be a whole number"):
+            Entry().initialize(FakeContext(extracted))
+        assert "model brightness is not served: environment.TORCHPORT_THREADS" in caplog.text
+
+    def test_a_slot_is_what_computes_where_it_is_asked_for(self, extracted, picture, monkeypatch):
+        held = []
+        monkeypatch.setattr("handlers.service.ComputeSlot", lambda folder, slots: held.append((folder, slots)))
+        entry = Entry()
+        entry.initialize(FakeContext(extracted, config={"torchport": {"computing": 2}}))
+        assert held == [(extracted, 2)]
+
+    def test_golden_answers_are_not_counted_and_requests_are(self, extracted, picture, changed):
+        entry = Entry()
+        entry.initialize(FakeContext(extracted))
+        assert entry._model.meter.take() == {}
+        ask(entry, [{"body": picture("bright")}])
+        (emitter,) = [what for name, what in changed if name == "metrics"]
+        lines = []
+        emitter._write = lines.append
+        emitter.emit()
+        assert "torchport_samples_total.Count:1|#ModelName:brightness,ModelVersion:1.0|#type:COUNTER" in lines[0]
+
+    def test_the_process_is_changed_only_when_the_model_is_served(self, folder, extracted, changed):
+        (folder / "model.pt").write_bytes(b"x")
+        with pytest.raises(DigestError):
+            Entry().initialize(FakeContext(folder))
+        assert changed == []
+        Entry().initialize(FakeContext(extracted))
+        assert [name for name, _ in changed] == ["metrics", "quieten_frontend_lines", "loop", "read_in_few_pieces"]
+
+    def test_the_continuous_worker_answers_what_a_batch_does(self, extracted, picture, changed):
+        """The same requests both ways: the same bodies and statuses."""
+        entry = Entry()
+        entry.initialize(FakeContext(extracted, config={"asyncCommunication": True, "responseTimeout": 7}))
+        bodies = [(picture("bright"), "image/png"), (b"junk", "image/png"), (b"{", "application/json"), (b"", "")]
+        statuses, expected, _ = ask(
+            entry, [{"body": body} for body, _ in bodies], [{"content-type": kind} for _, kind in bodies]
+        )
+        ours, theirs = socket.socketpair()
+        with ours, theirs, ours.makefile("rb") as stream:
+            ours.settimeout(DEADLINE_S)
+            requests = [
+                inference_request(str(i), [("body", kind, body)], [("content-type", kind)])
+                for i, (body, kind) in enumerate(bodies)
+            ]
+            ours.sendall(message(*requests))
+            worker = dict(changed)["loop"](theirs)
+            assert worker._response_timeout_s == 7
+            interval = sys.getswitchinterval()
+            thread = threading.Thread(target=worker.run, daemon=True)
+            thread.start()
+            found = {}
+            for answers in Replies(stream):
+                found.update({id: (status, json.loads(body)) for id, status, _, _, body in answers})
+                if len(found) == len(bodies):
+                    break
+            ours.shutdown(socket.SHUT_WR)
+            thread.join(DEADLINE_S)
+            sys.setswitchinterval(interval)
+        assert found == {str(i): answer for i, answer in enumerate(zip(statuses, expected, strict=True))}
+        assert statuses == [200, 415, 400, 400]
 
     def test_a_changed_file_is_refused_and_the_reason_logged(self, folder, caplog):
         (folder / "model.pt").write_bytes(b"x")

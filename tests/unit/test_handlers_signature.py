@@ -177,6 +177,14 @@ def test_what_is_read_of_texts_and_tensors():
     assert (tensors.artifact.device, tensors.artifact.requires) == ("cuda", {"torch": "2.13.0"})
 
 
+def test_longer_texts_are_cut_off_unless_the_signature_refuses_them():
+    assert Signature.from_document(TEXT).text.too_long == "truncate"
+    document = changed(("preprocessing", "text", "too_long"), "refuse", TEXT)
+    signature = Signature.from_document(document)
+    assert signature.text.too_long == "refuse"
+    assert signature.to_document() == document
+
+
 OPTIONAL = ("artifact", "max_pixels", "minimum", "maximum", "padding", "device", "requires", "axes")
 MAPPINGS_OF_NAMES = ("requires", "axes", "config")
 
@@ -275,6 +283,7 @@ def _set(path, value, document):
         (("inputs", 0, "padding"), 3, "is padded with 3 and preprocessing.text.pad_id is 0"),
         (("preprocessing", "text", "tokenizer"), "../t.json", "must be a plain file name"),
         (("preprocessing", "text", "pad_id"), -1, "pad_id must be a whole number"),
+        (("preprocessing", "text", "too_long"), "cut", "too_long is 'cut'; choose one of: truncate, refuse"),
         (("artifact", "format"), "onnx", "no other may"),
         (("artifact", "module", "factory"), "os.system", "write package.module:function"),
         (("artifact", "module", "config"), {"a": float("nan")}, "plain JSON values only"),

@@ -1,4 +1,6 @@
+import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -93,10 +95,16 @@ class TestForms:
             ({"inputs": {**GOOD, "ids": [1, 2]}}, 422, "wrong_size"),
             ({"input": GOOD}, 400, "wrong_key"),
             ([GOOD], 400, "wrong_body"),
+            ({"inputs": GOOD, "parameters": {"top_k": 1}}, 422, "unknown_parameter"),
+            ({"inputs": GOOD, "parameters": 1}, 400, "wrong_parameters"),
         ],
     )
     def test_other_forms_are_refused(self, document, status, expected):
         assert refusal(document)[:2] == (status, expected)
+
+    @pytest.mark.parametrize("parameters", [None, {}, {"binary_data_output": True}])
+    def test_parameters_without_effect(self, parameters):
+        assert len(decode({"instances": [GOOD, GOOD], "parameters": parameters}).samples) == 2
 
     def test_an_axis_has_one_size_in_all_inputs(self):
         _, _, message = refusal({"inputs": {**GOOD, "ids": [1, 2]}})
@@ -154,6 +162,170 @@ class TestShapes:
 
 
 INT = {"minimum": -5.0, "maximum": 5.0}
+RAW = "application/octet-stream"
+
+
+def npy(array, version=None):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.asarray(array), version=version, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_bytes(data, signature, content_type=RAW):
+    return build_decoder(signature, max_samples=4).decode([Part(value=data, content_type=content_type)])
+
+
+def raw_refusal(data, signature, content_type=RAW):
+    with pytest.raises(RequestError) as caught:
+        decode_bytes(data, signature, content_type)
+    assert caught.value.message.isprintable()
+    assert caught.value.message.endswith(".")
+    return caught.value.status, caught.value.code
+
+
+class TestRawBytes:
+    @pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "int32"])
+    def test_one_sample(self, dtype):
+        signature = single(dtype, ("batch", 2, 2), **INT)
+        decoded = decode_bytes(np.array([[1, 2], [3, 4]], np.dtype(dtype).newbyteorder("<")).tobytes(), signature)
+        assert not decoded.many
+        (sample,) = decoded.samples
+        assert (sample["x"].dtype, sample["x"].tolist()) == (np.dtype(dtype), [[1, 2], [3, 4]])
+
+    def test_several_samples(self):
+        decoded = decode_bytes(np.arange(6, dtype="<f4").tobytes(), single())
+        assert decoded.many
+        assert [sample["x"].tolist() for sample in decoded.samples] == [[0, 1], [2, 3], [4, 5]]
+
+    @pytest.mark.parametrize("length", [2, 3, 4])
+    def test_a_dynamic_axis_takes_all_of_the_bytes(self, length):
+        decoded = decode_bytes(np.ones((length, 2), "<f4").tobytes(), single(shape=("batch", "length", 2)))
+        assert (decoded.many, decoded.samples[0]["x"].shape) == (False, (length, 2))
+
+    def test_booleans_are_bytes_of_0_and_1(self):
+        assert decode_bytes(b"\0\1", single("bool")).samples[0]["x"].tolist() == [False, True]
+        assert raw_refusal(b"\0\2", single("bool")) == (400, "not_booleans")
+
+    def test_numbers_that_begin_like_json_are_numbers(self):
+        for first in (b"{", b"[", b" {"):
+            data = np.frombuffer(first.ljust(16, b"\0"), "<i8").tobytes()
+            highest = float(1 << 53)
+            (sample,) = decode_bytes(data, single("int64", minimum=0.0, maximum=highest)).samples
+            assert sample["x"].tolist() == [int.from_bytes(first, "little"), 0]
+
+    def test_json_of_that_type_is_still_json(self):
+        assert decode_bytes(b' {"inputs": [1, 2]}', single()).samples[0]["x"].tolist() == [1, 2]
+
+    def test_bounds_are_those_of_the_dtype(self):
+        signature = single(minimum=-0.1, maximum=0.1)
+        assert len(decode_bytes(np.array([-0.1, 0.1], "<f4").tobytes(), signature).samples) == 1
+        assert raw_refusal(np.array([0, 0.1001], "<f4").tobytes(), signature) == (422, "out_of_range")
+
+    @pytest.mark.parametrize(
+        ("data", "signature", "status", "code"),
+        [
+            (b"\0" * 7, single(), 422, "wrong_size"),
+            (b"\0" * 12, single(), 422, "wrong_size"),
+            (b"\0" * 40, single(), 413, "too_many_samples"),
+            (b"\0" * 8, single(shape=("batch", "length", 2)), 422, "wrong_size"),
+            (b"\0" * 40, single(shape=("batch", "length", 2)), 422, "wrong_size"),
+            (b"\0" * 8, single(shape=("batch", "length", "length")), 422, "raw_shape_unknown"),
+            (np.array([1, np.nan], "<f4").tobytes(), single(), 422, "not_finite"),
+            (np.array([1, -np.inf], "<f4").tobytes(), single(), 422, "not_finite"),
+            (np.array([1, 6], "<i8").tobytes(), single("int64", **INT), 422, "out_of_range"),
+            (b"\0" * 32, PAIR, 415, "unsupported_type"),
+            (b"", single(), 400, "empty_request"),
+        ],
+    )
+    def test_what_is_refused(self, data, signature, status, code):
+        assert raw_refusal(data, signature) == (status, code)
+
+    @pytest.mark.parametrize("content_type", ["", "application/x-www-form-urlencoded", "image/png", "text/plain"])
+    def test_only_of_the_type_that_means_bytes(self, content_type):
+        assert raw_refusal(b"\0" * 8, single(), content_type) == (415, "unsupported_type")
+
+
+class TestNpy:
+    @pytest.mark.parametrize("content_type", ["", RAW, "application/x-npy"])
+    @pytest.mark.parametrize(("value", "many"), [([1.0, 2.0], False), ([[1.0, 2.0]], True)])
+    def test_one_sample_with_or_without_a_batch_axis(self, content_type, value, many):
+        decoded = decode_bytes(npy(np.float32(value)), single(), content_type)
+        assert (decoded.many, decoded.samples[0]["x"].tolist()) == (many, [1, 2])
+
+    def test_several_samples(self):
+        decoded = decode_bytes(npy(np.arange(6).reshape(3, 2)), single("int32", **INT))
+        assert [sample["x"].tolist() for sample in decoded.samples] == [[0, 1], [2, 3], [4, 5]]
+        assert decoded.samples[0]["x"].dtype == np.int32
+
+    @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+    @pytest.mark.parametrize("order", ["C", "F"])
+    @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+    def test_byte_order_and_layout_do_not_matter(self, dtype, order, version):
+        array = np.asarray(np.arange(12).reshape(2, 3, 2), dtype=dtype, order=order)
+        decoded = decode_bytes(npy(array, version), single(shape=("batch", "length", 2)))
+        assert [sample["x"].tolist() for sample in decoded.samples] == array.tolist()
+        assert all(sample["x"].dtype == np.float32 for sample in decoded.samples)
+
+    def test_integers_of_other_widths_fit_if_their_values_do(self):
+        signature = single("int64", **INT)
+        assert decode_bytes(npy(np.uint8([1, 2])), signature).samples[0]["x"].tolist() == [1, 2]
+        assert raw_refusal(npy(np.uint64([1, 2**63])), signature) == (422, "out_of_range")
+
+    @pytest.mark.parametrize(
+        ("data", "status", "code"),
+        [
+            (npy(np.float32([1, 2, 3])), 422, "wrong_shape"),
+            (npy(np.float32([[1, 2]] * 5)), 413, "too_many_samples"),
+            (npy(np.zeros((0, 2), np.float32)), 422, "no_samples"),
+            (npy(np.int64([1, 2])), 422, "wrong_datatype"),
+            (npy(np.longdouble([1, 2])), 422, "wrong_datatype"),
+            (npy(np.array(["a", "b"])), 422, "wrong_datatype"),
+            (npy(np.zeros(2, [("a", "f4")])), 422, "wrong_datatype"),
+            (npy(np.float32([1, 2]))[:-1], 400, "broken_npy"),
+            (npy(np.float32([1, 2])) + b"\0", 400, "broken_npy"),
+            (npy(np.float32([1, 2]))[:20], 400, "broken_npy"),
+            (npy(np.float32([1, 2]))[:8], 400, "broken_npy"),
+            (npy(np.float32([1, np.inf])), 422, "not_finite"),
+            (npy(np.float64([1, 1e39])), 422, "out_of_range"),
+            (b"\x93NUMPY\x03\x00" + npy(np.float32([1, 2]), (2, 0))[8:], 400, "broken_npy"),
+            (b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b"(" * 100_000, 400, "broken_npy"),
+            (b"\x93NUMPY\x01\x00\xff\x0f" + b"(" * 4095, 400, "broken_npy"),
+        ],
+    )
+    def test_what_is_refused(self, data, status, code):
+        assert raw_refusal(data, single()) == (status, code)
+
+    def test_pickled_objects_are_refused_unread(self):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([{}, None], dtype=object), allow_pickle=True)
+        assert raw_refusal(buffer.getvalue(), single()) == (422, "wrong_datatype")
+
+    def test_a_declared_file_that_is_none_is_refused(self):
+        assert raw_refusal(b"\0" * 8, single(), "application/x-npy") == (400, "broken_npy")
+
+    @pytest.mark.parametrize("shape", [(1 << 40, 2), (3, 1 << 40), (-1, 2), (2, -2)])
+    def test_a_shape_that_its_bytes_do_not_fill_takes_no_memory(self, shape):
+        buffer = io.BytesIO()
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(buffer, header)
+        tracemalloc.start()
+        try:
+            status, _ = raw_refusal(buffer.getvalue() + b"\0" * 64, single(shape=("batch", "length")))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert status in (400, 413, 422)
+        assert peak < 1 << 20
+
+    @given(st.binary(max_size=200))
+    def test_any_file_is_decoded_or_refused(self, data):
+        for content_type in (RAW, "application/x-npy"):
+            status = 200
+            try:
+                decode_bytes(b"\x93NUMPY" + data, single(), content_type)
+            except RequestError as error:
+                status = error.status
+            assert 200 <= status < 500
 
 
 class TestValues:
@@ -174,6 +346,17 @@ class TestValues:
             -large,
         ]
 
+    @pytest.mark.parametrize("number", [2**53, 2**60, 10**20, -(2**63)])
+    def test_whole_numbers_that_floats_hold_are_taken(self, number):
+        assert value([number, 0.5], single("float64")).tolist() == [float(number), 0.5]
+
+    @pytest.mark.parametrize("text", [b"1e999", b"NaN", b"-Infinity"])
+    def test_what_json_does_not_have_is_refused(self, text):
+        part = Part(value=b'{"inputs": [1, ' + text + b"]}", content_type="application/json")
+        with pytest.raises(RequestError, match="holds NaN or infinite values") as caught:
+            build_decoder(single(), max_samples=4).decode([part])
+        assert (caught.value.status, caught.value.code) == (422, "not_finite")
+
     def test_booleans(self):
         array = value([True, False], single("bool"))
         assert (array.dtype, array.tolist()) == (np.bool_, [True, False])
@@ -190,6 +373,14 @@ class TestValues:
             ("float32", [1, float("-inf")], 422, "not_finite"),
             ("float32", [1e39, 1], 422, "out_of_range"),
             ("float64", [10**400, 1], 422, "out_of_range"),
+            ("float32", [2**53 + 1, 1], 422, "not_exact"),
+            ("float64", [-(2**63) - 1, 1], 422, "not_exact"),
+            ("float32", [10**39, 1], 422, "out_of_range"),
+            ("int64", ["1", 1], 400, "not_numbers"),
+            ("int64", [None, 1], 400, "not_numbers"),
+            ("int64", [10**400, 1], 422, "out_of_range"),
+            ("int32", [2**31, 1], 422, "out_of_range"),
+            ("bool", [0.0, True], 400, "not_booleans"),
             ("int64", [True, 1], 400, "not_numbers"),
             ("int64", [1.5, 1], 422, "not_integers"),
             ("int64", [float("nan"), 1], 422, "not_integers"),

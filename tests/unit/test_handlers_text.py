@@ -19,7 +19,7 @@ VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "good": 2, "bad": 3, "[CLS]": 4}
 MAX_LENGTH = 4
 
 
-def signature(dtype="int64", mask=True, highest=4):
+def signature(dtype="int64", mask=True, highest=4, too_long="truncate"):
     names = ["input_ids", "attention_mask"] if mask else ["input_ids"]
     highs = {"input_ids": highest, "attention_mask": 1}
     return Signature(
@@ -31,7 +31,7 @@ def signature(dtype="int64", mask=True, highest=4):
         outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 2)),),
         labels=("no", "yes"),
         axes={"length": Axis(minimum=1, maximum=MAX_LENGTH)},
-        text=TextPreprocessing(tokenizer="tokenizer.json", max_length=MAX_LENGTH, pad_id=0),
+        text=TextPreprocessing(tokenizer="tokenizer.json", max_length=MAX_LENGTH, pad_id=0, too_long=too_long),
     )
 
 
@@ -93,6 +93,17 @@ class TestTokens:
     def test_longer_texts_are_cut_off(self, folder):
         assert ids(folder, "good bad good bad good bad") == [2, 3, 2, 3]
 
+    @pytest.mark.parametrize(("words", "cut"), [(1, False), (MAX_LENGTH, False), (MAX_LENGTH + 1, True), (5000, True)])
+    def test_a_cut_text_is_marked(self, folder, words, cut):
+        decoded = decode(folder, ({"inputs": ["good", "bad " * words]}, "application/json"))
+        assert decoded.truncated == ({1} if cut else set())
+
+    def test_a_signature_may_refuse_longer_texts_instead(self, folder):
+        long = ({"inputs": ["good"] * 2 + ["bad " * (MAX_LENGTH + 1)]}, "application/json")
+        assert refusal(folder, long, too_long="refuse") == (422, "too_many_tokens")
+        fitting = ({"inputs": "bad " * MAX_LENGTH}, "application/json")
+        assert len(decode(folder, fitting, too_long="refuse").samples[0]["input_ids"]) == MAX_LENGTH
+
     @pytest.mark.parametrize("text", ["", "   ", "\n"])
     def test_a_text_without_a_token_is_one_unknown_token(self, folder, text):
         assert ids(folder, text) == [1]
@@ -148,6 +159,19 @@ class TestForms:
     def test_forms_that_are_taken(self, folder, value, kind, many, count):
         decoded = decode(folder, (value, kind))
         assert (decoded.many, len(decoded.samples)) == (many, count)
+
+    @pytest.mark.parametrize("key", ["inputs", "instances"])
+    def test_parameters_stand_beside_the_texts(self, folder, key):
+        decoded = decode(folder, ({key: ["good"], "parameters": {"top_k": 1}}, "application/json"))
+        assert decoded.parameters.top_k == 1
+
+    @pytest.mark.parametrize(
+        ("parameters", "status", "code"),
+        [({"top_k": 3}, 422, "wrong_parameter"), ({"k": 3}, 422, "unknown_parameter"), ([], 400, "wrong_parameters")],
+    )
+    def test_wrong_parameters_are_refused(self, folder, parameters, status, code):
+        document = {"inputs": "good", "parameters": parameters}
+        assert refusal(folder, (document, "application/json")) == (status, code)
 
     def test_multipart_is_one_text_a_field(self, folder):
         decoded = decode(folder, ("good", "text/plain"), (b"bad", "multipart/form-data"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ MAY_IMPORT = {
 # What a server must have installed, as far as its archives need it: see docs/serving.md.
 # PyYAML comes with TorchServe, which parses the archive's YAML.
 HANDLER_LIBRARIES = {"numpy", "torch", "PIL", "onnxruntime", "tokenizers"}
+# They take the place of TorchServe's own code, inside of it; and do without where it is not installed.
+IMPORT_TORCHSERVE = {"handlers/continuous.py", "handlers/wire.py"}
 
 
 def imports(package: str) -> Iterator[tuple[str, str]]:
@@ -46,7 +48,25 @@ def test_a_package_imports_only_those_it_may(package: str) -> None:
 
 def test_handlers_need_only_what_a_server_has() -> None:
     allowed = HANDLER_LIBRARIES | {"handlers"} | sys.stdlib_module_names
-    assert [(file, name) for file, name in imports("handlers") if name not in allowed] == []
+    foreign = {(file, name) for file, name in imports("handlers") if name not in allowed}
+    assert foreign == {(file, "ts") for file in IMPORT_TORCHSERVE}
+
+
+@pytest.mark.parametrize("file", sorted(IMPORT_TORCHSERVE))
+def test_torchserve_is_imported_inside_functions_only(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+    def imported(nodes: Iterable[ast.AST]) -> list[int]:
+        return [
+            node.lineno
+            for node in nodes
+            if (isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "ts" for alias in node.names))
+            or (isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "ts")
+        ]
+
+    inside = {line for function in functions for line in imported(ast.walk(function))}
+    assert set(imported(ast.walk(tree))) == inside != set()
 
 
 def test_only_the_locustfile_imports_locust_and_gevent() -> None:

@@ -1,0 +1,194 @@
+package org.pytorch.serve.wlm;
+
+import java.lang.reflect.Field;
+import java.util.List;
+import java.util.Map;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.LinkedBlockingDeque;
+import java.util.concurrent.Semaphore;
+import org.pytorch.serve.job.Job;
+import org.pytorch.serve.util.messages.BaseModelRequest;
+import org.pytorch.serve.util.messages.ModelInferenceRequest;
+import org.pytorch.serve.util.messages.ModelLoadModelRequest;
+import org.pytorch.serve.util.messages.ModelWorkerResponse;
+import org.pytorch.serve.util.messages.Predictions;
+import org.pytorch.serve.util.messages.RequestInput;
+import org.pytorch.serve.util.messages.WorkerCommands;
+import org.slf4j.Logger;
+import org.slf4j.LoggerFactory;
+
+/**
+ * Hands requests to one worker as they come, and answers them as the worker does.
+ *
+ * <p>It takes the place of TorchServe 0.12.0's own class of this name, for models with asyncCommunication. That one
+ * keeps the requests that a worker holds in a LinkedHashMap which two threads change, so it loses one now and then;
+ * never answers those that a worker held when it died; hands over any number of them; and one in each message. This
+ * one answers them all, holds at most as many as the model's batchSize, and sends whatever has arrived together,
+ * without waiting for more.
+ */
+public class AsyncBatchAggregator extends BatchAggregator {
+    private static final Logger logger = LoggerFactory.getLogger(AsyncBatchAggregator.class);
+    private static final int SERVICE_UNAVAILABLE = 503;
+    // Of one message: the worker begins to read a request only when it has the whole of it.
+    private static final int MOST_IN_MESSAGE = 32;
+
+    private final Map<String, Job> held = new ConcurrentHashMap<>();
+    private final Semaphore room;
+    private final LinkedBlockingDeque<Job> queue;
+
+    public AsyncBatchAggregator(Model model) {
+        super(model);
+        room = new Semaphore(Math.max(1, model.getBatchSize()));
+        queue = queueOf(model);
+    }
+
+    /** Waits for the next request, and takes those that have arrived with it. */
+    @Override
+    public BaseModelRequest getRequest(String workerId, WorkerState state) throws InterruptedException {
+        jobs.clear();
+        if (model.pollMgmtJob(workerId, state == WorkerState.WORKER_MODEL_LOADED ? 0 : Long.MAX_VALUE, jobs)) {
+            Job job = jobs.values().iterator().next();
+            jobs.clear();
+            String gpu = job.getPayload().getStringParameter("gpu");
+            return new ModelLoadModelRequest(model, gpu == null ? -1 : Integer.parseInt(gpu));
+        }
+        ModelInferenceRequest request = new ModelInferenceRequest(model.getModelName());
+        room.acquire();
+        boolean taken = false;
+        try {
+            Job job;
+            do {
+                job = queue.take();
+            } while (isLate(job));
+            taken = true;
+            add(job, request);
+            if (isAlone(job)) {
+                return request;
+            }
+        } finally {
+            if (!taken) {
+                room.release();
+            }
+        }
+        for (int i = 1; i < MOST_IN_MESSAGE && room.tryAcquire(); i++) {
+            Job job = queue.poll();
+            while (job != null && isLate(job)) {
+                job = queue.poll();
+            }
+            if (job != null && isAlone(job)) {
+                queue.addFirst(job);
+                job = null;
+            }
+            if (job == null) {
+                room.release();
+                break;
+            }
+            add(job, request);
+        }
+        return request;
+    }
+
+    private void add(Job job, ModelInferenceRequest request) {
+        if (isAlone(job)) {
+            request.setCommand(job.getCmd());
+        }
+        job.setScheduled();
+        // Before the worker can know of it, and so before it can answer.
+        held.put(job.getJobId(), job);
+        request.addRequest(job.getPayload());
+    }
+
+    /** Whether a job has a message of its own, as its command is the message's. */
+    private static boolean isAlone(Job job) {
+        WorkerCommands command = job.getCmd();
+        return command == WorkerCommands.DESCRIBE
+                || command == WorkerCommands.STREAMPREDICT
+                || command == WorkerCommands.STREAMPREDICT2;
+    }
+
+    private static boolean isLate(Job job) {
+        if (job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
+            return false;
+        }
+        logger.warn("Drop inference request {} due to client timeout", job.getJobId());
+        return true;
+    }
+
+    @Override
+    public boolean sendResponse(ModelWorkerResponse message) {
+        List<Predictions> predictions = message.getPredictions();
+        if (message.getCode() != 200) {
+            failAll(message.getCode(), message.getMessage());
+            return true;
+        }
+        if (predictions == null) {
+            return true;
+        }
+        for (Predictions prediction : predictions) {
+            Job job = release(prediction.getRequestId());
+            if (job == null) {
+                logger.error("The worker answered {}, which it does not hold", prediction.getRequestId());
+            } else if (!isLate(job)) {
+                job.response(
+                        prediction.getResp(),
+                        prediction.getContentType(),
+                        prediction.getStatusCode(),
+                        prediction.getReasonPhrase(),
+                        prediction.getHeaders());
+            }
+        }
+        return true;
+    }
+
+    @Override
+    public void sendError(BaseModelRequest message, String error, int status) {
+        if (message instanceof ModelLoadModelRequest) {
+            logger.warn("Load model failed: {}, error: {}", message.getModelName(), error);
+        } else if (message instanceof ModelInferenceRequest) {
+            for (RequestInput input : ((ModelInferenceRequest) message).getRequestBatch()) {
+                Job job = release(input.getRequestId());
+                if (job != null) {
+                    job.sendError(status, error);
+                }
+            }
+        } else {
+            failAll(status, error);
+        }
+    }
+
+    /** Called when the worker has died: whatever it held is answered. */
+    @Override
+    public void cleanJobs() {
+        jobs.clear();
+        failAll(SERVICE_UNAVAILABLE, "Worker died.");
+    }
+
+    private void failAll(int status, String error) {
+        for (String id : held.keySet()) {
+            Job job = release(id);
+            if (job != null) {
+                job.sendError(status, error);
+            }
+        }
+    }
+
+    private Job release(String id) {
+        Job job = held.remove(id);
+        if (job != null) {
+            room.release();
+        }
+        return job;
+    }
+
+    /** The model's queue, which has no accessor that does not wait for more than one request. */
+    @SuppressWarnings("unchecked")
+    private static LinkedBlockingDeque<Job> queueOf(Model model) {
+        try {
+            Field field = Model.class.getDeclaredField("jobsDb");
+            field.setAccessible(true);
+            return ((Map<String, LinkedBlockingDeque<Job>>) field.get(model)).get(Model.DEFAULT_DATA_QUEUE);
+        } catch (ReflectiveOperationException error) {
+            throw new IllegalStateException("This is not the Model of TorchServe 0.12.0", error);
+        }
+    }
+}

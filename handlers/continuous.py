@@ -1,0 +1,266 @@
+"""The continuous worker: plans over every request in flight, and answers each as soon as it is computed.
+
+In TorchServe's usual way a worker holds one batch: it waits for a batch to fill, and the next one waits for the last
+answer of this one. With ``asyncCommunication`` the frontend hands over every request at once. Three threads share the
+work here: one reads and decodes, one computes (outside of Python, so the others run meanwhile), one answers.
+
+TorchServe's own loop for it (``ts.async_service``, 0.12.0) copies its context and prints for every message, takes one
+message at a time, and passes each through four threads; this takes its place. See docs/decisions/014.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from handlers.decoder import Decoded
+from handlers.errors import OverloadedError, RequestError
+from handlers.frames import Frame, FrameReader, Reply
+from handlers.metrics import STAGE_SECONDS
+from handlers.model import Answer, Row, ServedModel, error_answer
+from handlers.request import Part
+from handlers.tensors import TensorBatch
+
+logger = logging.getLogger("torchport")
+
+KNOWN_RELEASE = "0.12.0"
+
+_RECEIVED_BYTES = 1 << 18
+# Of Python's lock, between the three threads. By default, a thread that comes back from computing waits up to 5 ms.
+_SWITCH_INTERVAL_S = 0.0005
+# Relative to when the request is read; who gives up earlier than the model answers need not be computed.
+_TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
+_WATCH_S = 1.0
+# Answers that go out in one system call.
+_MOST_ANSWERS = 64
+# By the thread that computes, itself.
+_MOST_ANSWERED_AT_ONCE = 2
+
+
+@dataclass(slots=True)
+class _Held:
+    """A request that is not answered yet.
+
+    Attributes:
+        frame: As it came.
+        decoded: Its samples.
+        deadline: On the monotonic clock; infinite when the client named none.
+        rows: One a sample, as far as they are computed.
+        missing: Samples that are not computed yet.
+    """
+
+    frame: Frame
+    decoded: Decoded
+    deadline: float
+    rows: list[Row | None] = field(default_factory=list)
+    missing: int = 0
+
+
+_Computed = tuple[Sequence[tuple[_Held, int]], Sequence[Row]]
+
+
+class ContinuousWorker:
+    """Answers what comes over a connection until it is closed.
+
+    Args:
+        model: Warmed up.
+        connection: To TorchServe's frontend.
+        parts: Makes a request's parts of its fields and headers.
+        encode: Makes the reply of an answer.
+        response_timeout_s: A batch that takes longer ends the process: the frontend then answers what it held and
+            starts another.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        connection: socket.socket,
+        *,
+        parts: Callable[[Frame], list[Part]],
+        encode: Callable[[Answer, Frame], Reply],
+        response_timeout_s: float,
+    ) -> None:
+        self._model = model
+        self._connection = connection
+        self._parts = parts
+        self._encode = encode
+        self._response_timeout_s = response_timeout_s
+        self._arrived = threading.Condition()
+        self._waiting: list[_Held] = []
+        self._finished = threading.Condition()
+        self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
+        self._sending = threading.Lock()
+        self._batch_began: float | None = None
+        self._closed = False
+
+    def run(self) -> None:
+        """Answer until the frontend closes the connection; then, what is left of the process may end."""
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        for job in (self._read, self._answer, self._watch):
+            threading.Thread(target=self._guarded, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
+        self._guarded(self._compute)
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        """A thread that dies would leave clients waiting: the process goes with it, and the frontend notices."""
+        try:
+            job()
+        except BaseException:
+            logger.critical("the worker ends: a defect in%s", job.__name__.replace("_", " "), exc_info=True)
+            os._exit(1)
+
+    def _read(self) -> None:
+        reader = FrameReader()
+        while True:
+            try:
+                chunk = self._connection.recv(_RECEIVED_BYTES)
+            except OSError:  # the frontend was killed
+                chunk = b""
+            if not chunk:
+                break
+            for frame in reader.feed(chunk):
+                self._take_in(frame)
+        with self._arrived:
+            self._closed = True
+            self._arrived.notify()
+
+    def _take_in(self, frame: Frame) -> None:
+        began = time.perf_counter()
+        decoded = self._model.read(self._parts(frame))
+        self._model.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "decode"),))
+        if isinstance(decoded, RequestError):
+            self._give_out((frame, error_answer(decoded)))
+            return
+        count = len(decoded.samples)
+        held = _Held(frame, decoded, _deadline(frame), rows=[None] * count, missing=count)
+        with self._arrived:
+            self._waiting.append(held)
+            self._arrived.notify()
+
+    def _compute(self) -> None:
+        """Round after round: plan over all that has arrived by then, and run batch after batch."""
+        model = self._model
+        while True:
+            with self._arrived:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._arrived.wait()
+                round_, self._waiting = self._waiting, []
+            places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
+            samples = [held.decoded.samples[i] for held, i in places]
+            for indices in model.plan(samples):
+                self._run([places[i] for i in indices], [samples[i] for i in indices])
+            del round_, places, samples  # not until the next request comes
+
+    def _run(self, places: list[tuple[_Held, int]], samples: list[TensorBatch]) -> None:
+        expected = time.monotonic() + self._model.expected_seconds(samples)
+        late = [held.deadline < expected for held, _ in places]
+        if any(late):
+            places, samples = self._shed(places, samples, late)
+            if not samples:
+                return
+        self._batch_began = time.monotonic()
+        rows = self._model.run(samples)
+        self._batch_began = None
+        if len(places) <= _MOST_ANSWERED_AT_ONCE and not self._waiting and not self._computed:
+            # There is nothing else to compute, or little: the other thread would have to wake up first.
+            self._send([(places, rows)])
+        else:
+            self._give_out((places, rows))
+
+    def _shed(
+        self, places: list[tuple[_Held, int]], samples: list[TensorBatch], late: list[bool]
+    ) -> tuple[list[tuple[_Held, int]], list[TensorBatch]]:
+        """Leave out the samples whose client will have given up; its request gets an error."""
+        error = OverloadedError(
+            "deadline_exceeded", "The answer would come later than the request's timeout allows; try again later."
+        )
+        gone = [place for place, is_late in zip(places, late, strict=True) if is_late]
+        self._give_out((gone, [error] * len(gone)))
+        kept = [i for i, is_late in enumerate(late) if not is_late]
+        return [places[i] for i in kept], [samples[i] for i in kept]
+
+    def _give_out(self, what: _Computed | tuple[Frame, Answer]) -> None:
+        with self._finished:
+            self._computed.append(what)
+            self._finished.notify()
+
+    def _answer(self) -> None:
+        while True:
+            with self._finished:
+                while not self._computed:
+                    self._finished.wait()
+                done = list(self._computed)
+                self._computed.clear()
+            self._send(done)
+
+    def _send(self, done: Sequence[_Computed | tuple[Frame, Answer]]) -> None:
+        with self._sending:
+            began = time.perf_counter()
+            replies = [reply for item in done for reply in self._replies(item)]
+            self._model.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "encode"),))
+            for start in range(0, len(replies), _MOST_ANSWERS):
+                # Where the frontend is gone, the reader notices.
+                with contextlib.suppress(OSError):
+                    self._connection.sendall(b"".join(replies[start : start + _MOST_ANSWERS]))
+
+    def _replies(self, item: _Computed | tuple[Frame, Answer]) -> list[bytes]:
+        first, second = item
+        if isinstance(first, Frame) and isinstance(second, Answer):
+            return [self._encode(second, first).encode()]
+        replies = []
+        for (held, i), row in zip(first, second, strict=True):  # type: ignore[arg-type]  # the other of the two
+            held.rows[i] = row
+            held.missing -= 1
+            if not held.missing:
+                answer = self._model.build_answer(held.decoded, [row for row in held.rows if row is not None])
+                replies.append(self._encode(answer, held.frame).encode())
+        return replies
+
+    def _watch(self) -> None:
+        """A model that hangs holds every request: TorchServe's own timeout does not cover this way of serving."""
+        while True:
+            time.sleep(_WATCH_S)
+            began = self._batch_began
+            if began is not None and time.monotonic() - began > self._response_timeout_s:
+                logger.critical("the worker ends: a batch takes more than %g s", self._response_timeout_s)
+                os._exit(1)
+
+
+def _deadline(frame: Frame) -> float:
+    """When the client gives up, as far as its headers tell."""
+    for name, value in frame.headers.items():
+        if name.lower() in _TIMEOUT_HEADERS and isinstance(value, str):
+            text = value.strip()
+            if text.isascii() and text.isdecimal() and len(text) <= 9:
+                return time.monotonic() + int(text) / 1000
+    return float("inf")
+
+
+def serve_continuously(start: Callable[[socket.socket], ContinuousWorker]) -> bool:
+    """Let TorchServe's asynchronous loop, should this worker be in one, be a continuous worker.
+
+    Returns:
+        Whether this is the release whose loop is known.
+    """
+    try:
+        import ts  # noqa: PLC0415  # only there inside TorchServe
+        from ts.async_service import AsyncService  # noqa: PLC0415
+    except ImportError:
+        return False
+    if ts.__version__ != KNOWN_RELEASE:
+        return False
+
+    def run(self: AsyncService) -> None:
+        start(self.service.cl_socket).run()
+
+    AsyncService.run = run
+    return True

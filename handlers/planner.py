@@ -1,0 +1,109 @@
+"""Plans: which samples run together, so that padding and calls cost least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from handlers.cost import CostModel
+from handlers.signature import Signature
+from handlers.tensors import Array, TensorBatch
+
+# Above so many samples of one kind, sorted neighbours are so alike that full batches are as good as any: the exact
+# plan takes time that grows with their number times the largest batch.
+_MOST_PLANNED = 512
+
+
+def plan(samples: Sequence[TensorBatch], signature: Signature, cost: CostModel, *, max_batch: int) -> list[list[int]]:
+    """Say which samples run together.
+
+    Samples are sorted by size, and the sorted row is cut where the sum of all batches' costs is smallest: by dynamic
+    programming over every cut that ``max_batch`` allows.
+
+    Args:
+        samples: Any number of them.
+        signature: Which axes are dynamic, and how they are padded.
+        cost: Prices.
+        max_batch: Samples of the largest batch.
+
+    Returns:
+        Positions in ``samples``, each in exactly one batch; the longest batches come last. Samples of different sizes
+        share one only if every dynamic input has a padding.
+    """
+    shapes = [_shape(sample, signature) for sample in samples]
+    padded = all(spec.padding is not None for spec in signature.inputs if spec.dynamic_axes)
+    if padded:
+        kinds = [list(range(len(samples)))] if samples else []
+    else:
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, shape in enumerate(shapes):
+            by_shape.setdefault(shape, []).append(i)
+        kinds = list(by_shape.values())
+    batches: list[list[int]] = []
+    for kind in kinds:
+        ordered = sorted(kind, key=lambda i: (math.prod(shapes[i]), shapes[i]))
+        cuts = _cuts([shapes[i] for i in ordered], cost, max_batch)
+        batches += [ordered[start:stop] for start, stop in zip([0, *cuts], cuts, strict=False)]
+    return batches
+
+
+def positions(samples: Sequence[TensorBatch], signature: Signature) -> int:
+    """Positions of each sample of a batch, padding included: the product of the largest sizes."""
+    return math.prod(max(sizes) for sizes in zip(*(_shape(sample, signature) for sample in samples), strict=True))
+
+
+def padding_share(samples: Sequence[TensorBatch], signature: Signature) -> float:
+    """The share of a batch's positions that padding fills: 0 where all samples are as large."""
+    filled = sum(math.prod(_shape(sample, signature)) for sample in samples)
+    return 1 - filled / (len(samples) * positions(samples, signature))
+
+
+def _shape(sample: TensorBatch, signature: Signature) -> tuple[int, ...]:
+    """Sizes of the dynamic axes, by the signature's order of them."""
+    sizes = {
+        name: sample[spec.name].shape[axis - 1] for spec in signature.inputs for axis, name in spec.dynamic_axes.items()
+    }
+    return tuple(sizes[name] for name in signature.axes if name in sizes)
+
+
+def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) -> list[int]:
+    """Where batches of sorted samples end."""
+    count = len(shapes)
+    if count > _MOST_PLANNED:
+        return [*range(max_batch, count, max_batch), count]
+    if count == 1:
+        return [1]
+    # seconds[i, j]: a batch of the samples i to j.
+    sizes = np.asarray(shapes, dtype=np.float64).reshape(count, -1)
+    starts, stops = np.arange(count)[:, np.newaxis], np.arange(count)
+    if sizes.shape[1] <= 1:  # sorted by its size, so the last sample of a batch is its longest
+        positions = np.broadcast_to(sizes.prod(axis=1), (count, count))
+    else:
+        positions = np.ones((count, count))
+        for axis in range(sizes.shape[1]):
+            # The largest of the samples i to j: running maxima of the rest of the column.
+            positions *= np.stack([_running_maximum(sizes[:, axis], i) for i in range(count)])
+    batch = stops - starts + 1
+    seconds = np.where((batch >= 1) & (batch <= max_batch), cost.seconds(batch, positions), np.inf)
+    # total[j]: all batches of the samples before j.
+    total = np.zeros(count + 1)
+    begins = np.zeros(count, dtype=np.int64)
+    for j in range(count):
+        low = max(0, j + 1 - max_batch)
+        choices = total[low : j + 1] + seconds[low : j + 1, j]
+        best = int(choices.argmin())
+        begins[j] = low + best
+        total[j + 1] = choices[best]
+    cuts = []
+    stop = count
+    while stop:
+        cuts.append(stop)
+        stop = int(begins[stop - 1])
+    return cuts[::-1]
+
+
+def _running_maximum(values: Array, start: int) -> Array:
+    result: Array = np.maximum.accumulate(np.where(np.arange(len(values)) >= start, values, 0))
+    return result

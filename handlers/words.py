@@ -1,0 +1,24 @@
+"""What a client sent, in words that are short and printable: they go into messages, and into logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_KINDS = {
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def kind(value: object) -> str:
+    """What a JSON value is."""
+    return _KINDS.get(type(value), "an object")
+
+
+def shown_keys(keys: Sequence[object]) -> str:
+    """Keys of a client's object, the first few of them."""
+    return ", ".join(ascii(str(key)[:40]) for key in sorted(keys, key=str)[:5]) or "no key at all"

@@ -1,0 +1,50 @@
+"""LitServe: one worker, its own batching with the timeout of its documentation's example.
+
+`fast_queue` is what its documentation advises from a hundred requests a second on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import litserve  # type: ignore[import-not-found,unused-ignore]  # in the peers' environment
+
+from handlers.decoder import Decoded
+from loadtest.peers.model import PeerModel
+from loadtest.peers.settings import HOST, MAX_BATCH, PeerSettings
+
+BATCH_TIMEOUT_S = 0.01
+
+
+class ModelApi(litserve.LitAPI):  # type: ignore[misc,unused-ignore]
+    """The model behind LitServe."""
+
+    def setup(self, device: str) -> None:
+        """Loads the model in the worker."""
+        self._model = PeerModel.load(PeerSettings.from_environment())
+
+    def decode_request(self, request: dict[str, Any]) -> Decoded:
+        """One request, read."""
+        return self._model.decode(request)
+
+    def batch(self, inputs: list[Decoded]) -> list[Decoded]:
+        """The requests as they are: the model pads them."""
+        return inputs
+
+    def predict(self, x: Sequence[Decoded]) -> list[dict[str, Any]]:
+        """A batch's answers."""
+        return self._model.predict(x)
+
+    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The answers as they are."""
+        return output
+
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        """One request's answer."""
+        return output
+
+
+if __name__ == "__main__":
+    SETTINGS = PeerSettings.from_arguments()
+    API = ModelApi(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
+    SERVER = litserve.LitServer(API, accelerator="cpu", workers_per_device=1, fast_queue=True)
+    SERVER.run(host=HOST, port=SETTINGS.port, log_level="warning", generate_client_file=False, num_api_servers=1)

@@ -1,0 +1,50 @@
+"""What every peer is told: which model, where to listen, how many threads."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+HOST = "127.0.0.1"
+MAX_BATCH = 32
+VARIABLE = "TORCHPORT_PEER_SETTINGS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSettings:
+    """The settings of one peer.
+
+    Attributes:
+        folder: The extracted archive whose model is served.
+        port: Where to listen, on the loopback.
+        threads: Threads that one batch may use.
+    """
+
+    folder: Path
+    port: int
+    threads: int
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Reads the command line, and leaves the settings to child processes, which see another one.
+
+        Args:
+            arguments: The command line without the program; None for this process's own.
+        """
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--folder", type=Path, required=True)
+        parser.add_argument("--port", type=int, required=True)
+        parser.add_argument("--threads", type=int, required=True)
+        settings = cls(**vars(parser.parse_args(arguments)))
+        document = {"folder": str(settings.folder), "port": settings.port, "threads": settings.threads}
+        os.environ[VARIABLE] = json.dumps(document)
+        return settings
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Reads what the parent process left."""
+        document = json.loads(os.environ[VARIABLE])
+        return cls(folder=Path(document["folder"]), port=document["port"], threads=document["threads"])
