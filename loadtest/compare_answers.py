@@ -12,8 +12,8 @@ from loadtest.answers import UNREADABLE_ANSWER, WRONG_ANSWER, Fault, server_mess
 # the batch's largest value.
 LABEL_MARGIN = 0.05
 # Of the largest expected value. Enough to tell one request's answer from another's; how exact an artifact is, the gates
-# of the export have judged.
-OUTPUT_TOLERANCE = 0.05
+# of the export have judged. An int8 artifact differed by 0.11 from itself in other company.
+OUTPUT_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,8 +151,8 @@ class TestAnswers:
         ("values", "kind"),
         [
             ([[1.0, -2.0]], None),
-            ([[1.05, -2.05]], None),
-            ([[1.2, -2.0]], WRONG_ANSWER),
+            ([[1.4, -2.4]], None),
+            ([[1.6, -2.0]], WRONG_ANSWER),
             ([[1.0, None]], WRONG_ANSWER),
             ([1.0, -2.0], WRONG_ANSWER),
             ([[1.0, "x"]], UNREADABLE_ANSWER),
