@@ -98,7 +98,6 @@ class ContinuousWorker:
         self._finished = threading.Condition()
         self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
         self._sending = threading.Lock()
-        self._batch_began: float | None = None
         self._closed = False
 
     def run(self) -> None:
@@ -167,9 +166,7 @@ class ContinuousWorker:
             places, samples = self._shed(places, samples, late)
             if not samples:
                 return
-        self._batch_began = time.monotonic()
         rows = self._model.run(samples)
-        self._batch_began = None
         if len(places) <= _MOST_ANSWERED_AT_ONCE and not self._waiting and not self._computed:
             # There is nothing else to compute, or little: the other thread would have to wake up first.
             self._send([(places, rows)])
@@ -229,7 +226,7 @@ class ContinuousWorker:
         """A model that hangs holds every request: TorchServe's own timeout does not cover this way of serving."""
         while True:
             time.sleep(_WATCH_S)
-            began = self._batch_began
+            began = self._model.busy_since
             if began is not None and time.monotonic() - began > self._response_timeout_s:
                 logger.critical("the worker ends: a batch takes more than %g s", self._response_timeout_s)
                 os._exit(1)

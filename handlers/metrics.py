@@ -99,7 +99,7 @@ class Emitter:
         """Write what there is."""
         now = int(time.time())
         lines = [
-            f"[METRICS]{name}.Count:{amount:.9g}|#{_shown((*self._labels, *labels))}|#type:COUNTER"
+            f"[METRICS]{name}.Count:{amount:.9f}|#{_shown((*self._labels, *labels))}|#type:COUNTER"
             f"|#hostname:{self._host},{now}\n"
             for (name, labels), amount in self._meter.take().items()
         ]

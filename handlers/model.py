@@ -65,6 +65,7 @@ class ServedModel:
 
     Attributes:
         meter: Counts what happens.
+        busy_since: When the batch that is computed now began, on the monotonic clock; None between batches.
 
     Raises:
         LoadError: If the tokenizer cannot be used.
@@ -83,6 +84,7 @@ class ServedModel:
         self.signature = signature
         self.backend = backend
         self.meter = Meter()
+        self.busy_since: float | None = None
         self._slot = slot or nullcontext()
         # Until it is measured: calls alone cost, so batches are as few as they can be.
         self._cost = CostModel()
@@ -241,9 +243,10 @@ class ServedModel:
             yield
 
     def _run_metered(self, samples: list[TensorBatch]) -> list[Row]:
-        began = time.perf_counter()
+        self.busy_since = began = time.monotonic()
         rows = self._run(samples)
-        self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("compute"))
+        self.busy_since = None
+        self.meter.observe(STAGE_SECONDS, time.monotonic() - began, _stage("compute"))
         self.meter.count(SAMPLES, len(samples))
         self.meter.observe(BATCH_SAMPLES, len(samples))
         self.meter.observe(PADDING_SHARE, padding_share(samples, self.signature))

@@ -33,7 +33,8 @@ class ComputeSlot:
     """
 
     def __init__(self, folder: Path, slots: int) -> None:
-        self._slot: int | None = None
+        self._slots: list[int] = []
+        self._held: int | None = None
         if not slots:
             return
         files = sorted((folder / _FILES).glob("*.py"))
@@ -41,23 +42,34 @@ class ComputeSlot:
             raise LoadError(f"the archive has no {_FILES} to lock; export it again, or set computing to 0")
         try:
             self._number, index = _claim(files[:-MOST_SLOTS])
-            self._slot = os.open(files[-1 - index % slots], os.O_RDONLY | os.O_CLOEXEC)
+            # Its own first: the one that it waits for when all are taken, so that workers spread over them.
+            order = [(index + i) % slots for i in range(slots)]
+            self._slots = [os.open(files[-1 - slot], os.O_RDONLY | os.O_CLOEXEC) for slot in order]
         except OSError as error:
             raise LoadError(
                 f"the archive's files cannot be locked ({error.strerror}); set computing to 0 where locks do not work"
             ) from error
 
     def __enter__(self) -> None:
-        """Wait for the slot; other threads of this process run meanwhile."""
-        if self._slot is not None:
-            fcntl.flock(self._slot, fcntl.LOCK_EX)
+        """Wait for a slot; other threads of this process run meanwhile."""
+        for slot in self._slots:
+            try:
+                fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            self._held = slot
+            return
+        if self._slots:
+            fcntl.flock(self._slots[0], fcntl.LOCK_EX)
+            self._held = self._slots[0]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave it."""
-        if self._slot is not None:
-            fcntl.flock(self._slot, fcntl.LOCK_UN)
+        if self._held is not None:
+            fcntl.flock(self._held, fcntl.LOCK_UN)
+            self._held = None
 
 
 def _claim(files: list[Path]) -> tuple[int, int]:

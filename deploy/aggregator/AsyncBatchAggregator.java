@@ -156,11 +156,19 @@ public class AsyncBatchAggregator extends BatchAggregator {
         }
     }
 
-    /** Called when the worker has died: whatever it held is answered. */
+    /** Called when the worker has died: whatever it held is answered, and its replacement has to load. */
     @Override
     public void cleanJobs() {
         jobs.clear();
         failAll(SERVICE_UNAVAILABLE, "Worker died.");
+        List<WorkerThread> workers = ModelManager.getInstance().getWorkers(model.getModelVersionName());
+        for (WorkerThread worker : workers) {
+            if (worker.aggregator == this && worker instanceof AsyncWorkerThread) {
+                // Never set back by TorchServe: it would hand requests to the next process before that has loaded, and
+                // report it as unloading for ever.
+                ((AsyncWorkerThread) worker).loadingFinished = false;
+            }
+        }
     }
 
     private void failAll(int status, String error) {

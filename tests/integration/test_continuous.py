@@ -120,11 +120,18 @@ def test_a_killed_workers_requests_are_answered_and_another_serves_on(
         else:
             assert json.loads(body)["code"] == 503
 
-    def another() -> bool:
-        return [worker["status"] for worker in alone.workers(MODEL) if int(worker["pid"]) != pid] == ["READY"]
-
-    wait_for(another)
+    wait_for(lambda: [int(worker["pid"]) == pid for worker in alone.workers(MODEL)] == [False])
     assert len(labels(alone, held_out[:100])) == 100
+
+
+def test_a_worker_that_took_anothers_place_is_shown_as_ready(
+    alone: RunningServer, held_out: list[LabelledRequest]
+) -> None:
+    (before,) = alone.workers(MODEL)
+    os.kill(int(before["pid"]), signal.SIGKILL)
+    wait_for(lambda: [worker["pid"] != before["pid"] for worker in alone.workers(MODEL)] == [True])
+    assert len(labels(alone, held_out[:10])) == 10  # it has loaded the model
+    assert [worker["status"] for worker in alone.workers(MODEL)] == ["READY"]
 
 
 def test_a_slow_client_holds_nobody(alone: RunningServer, held_out: list[LabelledRequest]) -> None:

@@ -60,6 +60,7 @@ def _quiet_logger(caplog):
 def changed(monkeypatch):
     """What a worker changes of its process stays as it was; says what it would have changed, in order."""
     changes = []
+    monkeypatch.setattr("handlers.service._in_worker_process", lambda: True)
     monkeypatch.setattr("handlers.service.serve_continuously", lambda start: changes.append(("loop", start)))
     for name in ("read_in_few_pieces", "quieten_frontend_lines"):
         monkeypatch.setattr(f"handlers.service.{name}", lambda name=name: changes.append((name, None)))
@@ -270,6 +271,11 @@ class TestInitialize:
         assert changed == []
         Entry().initialize(FakeContext(extracted))
         assert [name for name, _ in changed] == ["metrics", "quieten_frontend_lines", "loop", "read_in_few_pieces"]
+
+    def test_a_process_that_is_no_worker_is_left_alone(self, extracted, changed, monkeypatch):
+        monkeypatch.undo()
+        monkeypatch.setattr("handlers.service.Service._take_over_process", lambda *arguments: pytest.fail("it was not"))
+        Entry().initialize(FakeContext(extracted))
 
     def test_the_continuous_worker_answers_what_a_batch_does(self, extracted, picture, changed):
         """The same requests both ways: the same bodies and statuses."""

@@ -46,8 +46,8 @@ def slot(folder):
 
     yield make
     for one in made:
-        for descriptor in (one._slot, getattr(one, "_number", None)):
-            if descriptor is not None and descriptor >= 0:
+        for descriptor in (*one._slots, getattr(one, "_number", -1)):
+            if descriptor >= 0:
                 os.close(descriptor)
 
 
@@ -59,7 +59,7 @@ class Waiter:
         flock = fcntl.flock
 
         def noted(descriptor, operation):
-            if descriptor == slot._slot and operation == fcntl.LOCK_EX:
+            if descriptor == slot._slots[0] and operation == fcntl.LOCK_EX:
                 self.asked.set()
             flock(descriptor, operation)
 
@@ -98,7 +98,7 @@ def test_the_second_worker_waits_for_the_first(slot, monkeypatch):
         waiter = Waiter(second, monkeypatch, note=lambda: order.append("second"))
         # The lock itself, without which the order below could be luck.
         with pytest.raises(BlockingIOError):
-            fcntl.flock(second._slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(second._slots[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         order.append("first")
     waiter.join()
     assert order == ["first", "second"]
@@ -136,7 +136,7 @@ def test_two_slots_are_for_two_workers_and_the_third_waits(slot, monkeypatch):
         waiter = Waiter(third, monkeypatch)
         assert not waiter.entered.is_set()
         with pytest.raises(BlockingIOError):
-            fcntl.flock(third._slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(third._slots[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     waiter.join()
 
 
@@ -144,7 +144,14 @@ def test_a_slot_is_free_again_after_an_error(slot):
     first, second = slot(1), slot(1)
     with pytest.raises(ZeroDivisionError), first:
         raise ZeroDivisionError
-    fcntl.flock(second._slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(second._slots[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_free_slot_is_taken_though_ones_own_is_not(slot):
+    first, second, third = slot(2), slot(2), slot(2)
+    # The third's own slot is the first's.
+    with first, third, pytest.raises(BlockingIOError):
+        fcntl.flock(second._slots[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_no_slots_mean_no_waiting_and_no_files(tmp_path):
@@ -158,7 +165,7 @@ def test_a_killed_process_frees_its_slot_and_its_number(folder, slot, monkeypatc
         mine = slot(1)
         waiter = Waiter(mine, monkeypatch)
         with pytest.raises(BlockingIOError):
-            fcntl.flock(mine._slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(mine._slots[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert not waiter.entered.is_set()
         process.kill()
         waiter.join()
@@ -176,7 +183,7 @@ def test_files_are_only_read(folder, slot):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     one = slot(1)
     with one:
-        for descriptor in (one._number, one._slot):
+        for descriptor in (one._number, *one._slots):
             assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
             assert not os.get_inheritable(descriptor)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
