@@ -19,7 +19,14 @@ from deploy.ports import Ports
 from .conftest import READY_TIMEOUT_S, STOP_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
-PAGES_THAT_RUN = ("README.md", "docs/archives.md", "docs/export.md", "docs/own_model.md", "docs/training.md")
+PAGES_THAT_RUN = (
+    "README.md",
+    "docs/archives.md",
+    "docs/export.md",
+    "docs/own_model.md",
+    "docs/requests.md",
+    "docs/training.md",
+)
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<attributes>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
