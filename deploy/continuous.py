@@ -20,8 +20,10 @@ from export.archive import CONFIG_FILE, Archive
 from export.zip_form import add_entry, entry_chunks
 from handlers.digests import DIGESTS_FILE, digests_document, parse_digests, sha256
 
-# Requests that a worker holds; what comes beyond them waits in the model's queue, which is bounded too.
+# Requests that all workers of a model hold; what comes beyond them waits in the model's queue, which is bounded too.
 IN_FLIGHT = 256
+# One worker should not hold what another could have begun with, but enough to plan over.
+_LEAST_OF_A_WORKER = 64
 
 _WORKER_LOOP = "handlers/continuous.py"
 _CLASS = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
@@ -33,6 +35,11 @@ _STOCK_SHA256 = "aed0a24091f876e16c3138c335df25fca0380fb704212bc3b53f004c78111cf
 def is_possible(archive: Archive) -> bool:
     """Whether this TorchServe and this archive can serve continuously."""
     return _WORKER_LOOP in archive.digests and _stock_class_sha256() == _STOCK_SHA256
+
+
+def in_flight(workers: int) -> int:
+    """Requests that each of a model's workers holds at most."""
+    return max(_LEAST_OF_A_WORKER, IN_FLIGHT // workers)
 
 
 def install(folder: Path, *, wanted: bool) -> None:

@@ -149,7 +149,7 @@ class TorchServe:
             # happened to the original meanwhile.
             archive.copy(models[archive.name])
             if archive.name in self._continuous:
-                continuous.make_continuous(models[archive.name])
+                continuous.make_continuous(models[archive.name], in_flight=continuous.in_flight(self._workers or 1))
         self._taken.callback(continuous.install, self.state.folder, wanted=False)
         continuous.install(self.state.folder, wanted=bool(self._continuous))
         config = self.state.folder / "config.properties"

@@ -25,7 +25,8 @@ from handlers.decoder import Decoded
 from handlers.errors import OverloadedError, RequestError
 from handlers.frames import Frame, FrameReader, Reply
 from handlers.metrics import STAGE_SECONDS
-from handlers.model import Answer, Row, ServedModel, error_answer
+from handlers.model import Answer, Row, ServedModel, defect, error_answer
+from handlers.planner import MOST_PLANNED
 from handlers.request import Part
 from handlers.tensors import TensorBatch
 
@@ -38,6 +39,8 @@ _RECEIVED_BYTES = 1 << 18
 _SWITCH_INTERVAL_S = 0.0005
 # Relative to when the request is read; who gives up earlier than the model answers need not be computed.
 _TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
+# The frontend's class writes it, over whatever a client wrote.
+_QUEUED_HEADER = "torchport-queued-ms"
 _WATCH_S = 1.0
 # Answers that go out in one system call.
 _MOST_ANSWERS = 64
@@ -94,7 +97,7 @@ class ContinuousWorker:
         self._encode = encode
         self._response_timeout_s = response_timeout_s
         self._arrived = threading.Condition()
-        self._waiting: list[_Held] = []
+        self._waiting: deque[_Held] = deque()
         self._finished = threading.Condition()
         self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
         self._sending = threading.Lock()
@@ -131,17 +134,25 @@ class ContinuousWorker:
             self._arrived.notify()
 
     def _take_in(self, frame: Frame) -> None:
-        began = time.perf_counter()
-        decoded = self._model.read(self._parts(frame))
+        arrived, began = time.monotonic(), time.perf_counter()
+        decoded = self._decoded(frame)
         self._model.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "decode"),))
         if isinstance(decoded, RequestError):
             self._give_out((frame, error_answer(decoded)))
             return
         count = len(decoded.samples)
-        held = _Held(frame, decoded, _deadline(frame), rows=[None] * count, missing=count)
+        # Without its body, which the samples were made of.
+        kept = Frame(frame.id, {}, dict.fromkeys(frame.fields, b""))
+        held = _Held(kept, decoded, _deadline(frame, arrived), rows=[None] * count, missing=count)
         with self._arrived:
             self._waiting.append(held)
             self._arrived.notify()
+
+    def _decoded(self, frame: Frame) -> Decoded | RequestError:
+        try:
+            return self._model.read(self._parts(frame))
+        except Exception as error:  # our own defect, and still one request's alone
+            return defect("request_failed", "The server failed to read this request.", error)
 
     def _compute(self) -> None:
         """Round after round: plan over all that has arrived by then, and run batch after batch."""
@@ -152,12 +163,21 @@ class ContinuousWorker:
                     if self._closed:
                         return
                     self._arrived.wait()
-                round_, self._waiting = self._waiting, []
+                round_ = self._next_round()
             places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
             samples = [held.decoded.samples[i] for held, i in places]
             for indices in model.plan(samples):
                 self._run([places[i] for i in indices], [samples[i] for i in indices])
             del round_, places, samples  # not until the next request comes
+
+    def _next_round(self) -> list[_Held]:
+        """The oldest requests, as many as can be planned well; what comes later waits for no more than these."""
+        round_ = [self._waiting.popleft()]
+        samples = len(round_[0].decoded.samples)
+        while self._waiting and samples + len(self._waiting[0].decoded.samples) <= MOST_PLANNED:
+            samples += len(self._waiting[0].decoded.samples)
+            round_.append(self._waiting.popleft())
+        return round_
 
     def _run(self, places: list[tuple[_Held, int]], samples: list[TensorBatch]) -> None:
         expected = time.monotonic() + self._model.expected_seconds(samples)
@@ -232,14 +252,22 @@ class ContinuousWorker:
                 os._exit(1)
 
 
-def _deadline(frame: Frame) -> float:
-    """When the client gives up, as far as its headers tell."""
-    for name, value in frame.headers.items():
-        if name.lower() in _TIMEOUT_HEADERS and isinstance(value, str):
-            text = value.strip()
-            if text.isascii() and text.isdecimal() and len(text) <= 9:
-                return time.monotonic() + int(text) / 1000
-    return float("inf")
+def _deadline(frame: Frame, arrived: float) -> float:
+    """When the client gives up, as far as its headers tell; the time in the frontend's queue is gone already."""
+    timeouts = [
+        milliseconds
+        for name, value in frame.headers.items()
+        if name.lower() in _TIMEOUT_HEADERS and (milliseconds := _milliseconds(value)) is not None
+    ]
+    if not timeouts:
+        return float("inf")
+    queued = _milliseconds(frame.headers.get(_QUEUED_HEADER)) or 0
+    return arrived + (min(timeouts) - queued) / 1000
+
+
+def _milliseconds(value: object) -> int | None:
+    text = value.strip() if isinstance(value, str) else ""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
 
 
 def serve_continuously(start: Callable[[socket.socket], ContinuousWorker]) -> bool:

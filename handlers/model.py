@@ -232,7 +232,7 @@ class ServedModel:
         except RequestError as error:
             return error
         except Exception as error:  # our own defect, and still one request's alone
-            return _defect("request_failed", "The server failed to read this request.", error)
+            return defect("request_failed", "The server failed to read this request.", error)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -259,7 +259,7 @@ class ServedModel:
             return list(split(outputs, samples, self.signature))
         except Exception as error:  # runtimes raise types of their own; one sample must not fail its neighbours
             if len(samples) == 1:
-                return [_defect("inference_failed", "The model failed on this input.", error)]
+                return [defect("inference_failed", "The model failed on this input.", error)]
             middle = len(samples) // 2
         # Outside of the clause: the error holds what the failed run had allocated, which the halves may need.
         return self._run(samples[:middle]) + self._run(samples[middle:])
@@ -276,7 +276,7 @@ class ServedModel:
         except RequestError as error:
             return error_answer(error)
         except Exception as error:  # as in reading
-            return error_answer(_defect("answer_failed", "The server failed to answer this request.", error))
+            return error_answer(defect("answer_failed", "The server failed to answer this request.", error))
         return Answer(body=body, outputs=tuple(outputs))
 
 
@@ -289,7 +289,7 @@ def _stage(name: str) -> tuple[tuple[str, str], ...]:
     return (("stage", name),)
 
 
-def _defect(code: str, message: str, cause: Exception) -> InferenceError:
+def defect(code: str, message: str, cause: Exception) -> InferenceError:
     """An error of ours, which the log shows with its cause."""
     failure = InferenceError(code, message)
     failure.__cause__ = cause

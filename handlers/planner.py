@@ -13,7 +13,7 @@ from handlers.tensors import Array, TensorBatch
 
 # Above so many samples of one kind, sorted neighbours are so alike that full batches are as good as any: the exact
 # plan takes time that grows with their number times the largest batch.
-_MOST_PLANNED = 512
+MOST_PLANNED = 512
 
 
 def plan(samples: Sequence[TensorBatch], signature: Signature, cost: CostModel, *, max_batch: int) -> list[list[int]]:
@@ -71,7 +71,7 @@ def _shape(sample: TensorBatch, signature: Signature) -> tuple[int, ...]:
 def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) -> list[int]:
     """Where batches of sorted samples end."""
     count = len(shapes)
-    if count > _MOST_PLANNED:
+    if count > MOST_PLANNED:
         return [*range(max_batch, count, max_batch), count]
     if count == 1:
         return [1]

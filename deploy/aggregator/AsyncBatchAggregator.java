@@ -6,6 +6,7 @@ import java.util.Map;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.LinkedBlockingDeque;
 import java.util.concurrent.Semaphore;
+import java.util.concurrent.TimeUnit;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.util.messages.BaseModelRequest;
 import org.pytorch.serve.util.messages.ModelInferenceRequest;
@@ -30,7 +31,10 @@ public class AsyncBatchAggregator extends BatchAggregator {
     private static final Logger logger = LoggerFactory.getLogger(AsyncBatchAggregator.class);
     private static final int SERVICE_UNAVAILABLE = 503;
     // Of one message: the worker begins to read a request only when it has the whole of it.
-    private static final int MOST_IN_MESSAGE = 32;
+    private static final int MOST_IN_MESSAGE = 16;
+    private static final int CHECKED_EVERY_S = 1;
+    // Milliseconds that a request has waited here; deadlines count from when it came.
+    private static final String QUEUED_HEADER = "torchport-queued-ms";
 
     private final Map<String, Job> held = new ConcurrentHashMap<>();
     private final Semaphore room;
@@ -52,23 +56,14 @@ public class AsyncBatchAggregator extends BatchAggregator {
             String gpu = job.getPayload().getStringParameter("gpu");
             return new ModelLoadModelRequest(model, gpu == null ? -1 : Integer.parseInt(gpu));
         }
+        if (state != WorkerState.WORKER_MODEL_LOADED) {
+            throw new InterruptedException("The worker has not loaded its model");
+        }
         ModelInferenceRequest request = new ModelInferenceRequest(model.getModelName());
-        room.acquire();
-        boolean taken = false;
-        try {
-            Job job;
-            do {
-                job = queue.take();
-            } while (isLate(job));
-            taken = true;
-            add(job, request);
-            if (isAlone(job)) {
-                return request;
-            }
-        } finally {
-            if (!taken) {
-                room.release();
-            }
+        Job first = firstJob();
+        add(first, request);
+        if (isAlone(first)) {
+            return request;
         }
         for (int i = 1; i < MOST_IN_MESSAGE && room.tryAcquire(); i++) {
             Job job = queue.poll();
@@ -76,7 +71,9 @@ public class AsyncBatchAggregator extends BatchAggregator {
                 job = queue.poll();
             }
             if (job != null && isAlone(job)) {
-                queue.addFirst(job);
+                if (!queue.offerFirst(job)) {
+                    fail(job, SERVICE_UNAVAILABLE, "The queue is full.");
+                }
                 job = null;
             }
             if (job == null) {
@@ -88,11 +85,58 @@ public class AsyncBatchAggregator extends BatchAggregator {
         return request;
     }
 
+    /**
+     * Waits for room and for a job.
+     *
+     * <p>Not for ever at a time: the thread that runs this is interrupted once when its worker dies, and where it
+     * waits for something else just then, TorchServe forgets about it.
+     */
+    private Job firstJob() throws InterruptedException {
+        do {
+            checkConnected();
+        } while (!room.tryAcquire(CHECKED_EVERY_S, TimeUnit.SECONDS));
+        Job job = null;
+        try {
+            while (job == null) {
+                checkConnected();
+                job = queue.poll(CHECKED_EVERY_S, TimeUnit.SECONDS);
+                if (job != null && isLate(job)) {
+                    job = null;
+                }
+            }
+        } finally {
+            if (job == null) {
+                room.release();
+            }
+        }
+        return job;
+    }
+
+    private void checkConnected() throws InterruptedException {
+        WorkerThread worker = worker();
+        if (worker != null
+                && (worker.backendChannel.isEmpty() || !worker.backendChannel.get(0).isActive())) {
+            throw new InterruptedException("The worker is gone");
+        }
+    }
+
+    /** The thread that asks this for requests. */
+    private WorkerThread worker() {
+        for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
+            if (worker.aggregator == this) {
+                return worker;
+            }
+        }
+        return null;
+    }
+
     private void add(Job job, ModelInferenceRequest request) {
         if (isAlone(job)) {
             request.setCommand(job.getCmd());
         }
         job.setScheduled();
+        long queuedMs = (System.nanoTime() - job.getBegin()) / 1_000_000;
+        job.getPayload().updateHeaders(QUEUED_HEADER, Long.toString(queuedMs));
         // Before the worker can know of it, and so before it can answer.
         held.put(job.getJobId(), job);
         request.addRequest(job.getPayload());
@@ -110,7 +154,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
         if (job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
             return false;
         }
-        logger.warn("Drop inference request {} due to client timeout", job.getJobId());
+        fail(job, SERVICE_UNAVAILABLE, "The request waited longer than clientTimeoutInMills allows.");
         return true;
     }
 
@@ -129,12 +173,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
             if (job == null) {
                 logger.error("The worker answered {}, which it does not hold", prediction.getRequestId());
             } else if (!isLate(job)) {
-                job.response(
-                        prediction.getResp(),
-                        prediction.getContentType(),
-                        prediction.getStatusCode(),
-                        prediction.getReasonPhrase(),
-                        prediction.getHeaders());
+                answer(job, prediction);
             }
         }
         return true;
@@ -148,7 +187,8 @@ public class AsyncBatchAggregator extends BatchAggregator {
             for (RequestInput input : ((ModelInferenceRequest) message).getRequestBatch()) {
                 Job job = release(input.getRequestId());
                 if (job != null) {
-                    job.sendError(status, error);
+                    // Whatever it died of, nothing was wrong with the request, and another worker may answer it.
+                    fail(job, SERVICE_UNAVAILABLE, error);
                 }
             }
         } else {
@@ -161,13 +201,33 @@ public class AsyncBatchAggregator extends BatchAggregator {
     public void cleanJobs() {
         jobs.clear();
         failAll(SERVICE_UNAVAILABLE, "Worker died.");
-        List<WorkerThread> workers = ModelManager.getInstance().getWorkers(model.getModelVersionName());
-        for (WorkerThread worker : workers) {
-            if (worker.aggregator == this && worker instanceof AsyncWorkerThread) {
-                // Never set back by TorchServe: it would hand requests to the next process before that has loaded, and
-                // report it as unloading for ever.
-                ((AsyncWorkerThread) worker).loadingFinished = false;
-            }
+        WorkerThread worker = worker();
+        if (worker instanceof AsyncWorkerThread) {
+            // Never set back by TorchServe: it would hand requests to the next process before that has loaded, and
+            // report it as unloading for ever.
+            ((AsyncWorkerThread) worker).loadingFinished = false;
+        }
+    }
+
+    /** One client that is gone must not keep others from their answers. */
+    private static void answer(Job job, Predictions prediction) {
+        try {
+            job.response(
+                    prediction.getResp(),
+                    prediction.getContentType(),
+                    prediction.getStatusCode(),
+                    prediction.getReasonPhrase(),
+                    prediction.getHeaders());
+        } catch (RuntimeException error) {
+            logger.warn("Cannot answer {}", job.getJobId(), error);
+        }
+    }
+
+    private static void fail(Job job, int status, String message) {
+        try {
+            job.sendError(status, message);
+        } catch (RuntimeException error) {
+            logger.warn("Cannot answer {}", job.getJobId(), error);
         }
     }
 
@@ -175,7 +235,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
         for (String id : held.keySet()) {
             Job job = release(id);
             if (job != null) {
-                job.sendError(status, error);
+                fail(job, status, error);
             }
         }
     }
