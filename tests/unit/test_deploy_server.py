@@ -377,7 +377,9 @@ def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, scheduling: str, possible: bool
 ) -> None:
     monkeypatch.setattr("deploy.continuous.is_possible", lambda archive: possible)
-    monkeypatch.setattr("deploy.continuous.make_continuous", lambda path: path.write_bytes(b"a continuous one"))
+    monkeypatch.setattr(
+        "deploy.continuous.make_continuous", lambda path, *, in_flight: path.write_bytes(b"a continuous one")
+    )
     wanted = possible and scheduling == "continuous"
     left = scene.server().state.folder / CLASS
     left.parent.mkdir(parents=True)
