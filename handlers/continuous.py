@@ -2,7 +2,8 @@
 
 In TorchServe's usual way a worker holds one batch: it waits for a batch to fill, and the next one waits for the last
 answer of this one. With ``asyncCommunication`` the frontend hands over every request at once. Three threads share the
-work here: one reads and decodes, one computes (outside of Python, so the others run meanwhile), one answers.
+work here: one reads and decodes, one computes (outside of Python, so the others run meanwhile), one answers. Where
+decoding takes long, as that of images does, it has threads of its own.
 
 TorchServe's own loop for it (``ts.async_service``, 0.12.0) copies its context and prints for every message, takes one
 message at a time, and passes each through four threads; this takes its place. See docs/decisions/014.
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from handlers.decoder import Decoded
 from handlers.errors import OverloadedError, RequestError
@@ -28,6 +30,7 @@ from handlers.metrics import STAGE_SECONDS
 from handlers.model import Answer, Row, ServedModel, defect, error_answer
 from handlers.planner import MOST_PLANNED
 from handlers.request import Part
+from handlers.room import Room
 from handlers.tensors import TensorBatch
 
 logger = logging.getLogger("torchport")
@@ -42,6 +45,8 @@ _TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
 # The frontend's class writes it, over whatever a client wrote.
 _QUEUED_HEADER = "torchport-queued-ms"
 _WATCH_S = 1.0
+# Of the bodies and samples that a worker holds; what comes beyond them waits in the frontend.
+_MOST_HELD_BYTES = 512 << 20
 # Answers that go out in one system call.
 _MOST_ANSWERS = 64
 # By the thread that computes, itself.
@@ -58,6 +63,7 @@ class _Held:
         deadline: On the monotonic clock; infinite when the client named none.
         rows: One a sample, as far as they are computed.
         missing: Samples that are not computed yet.
+        size: Bytes that its samples take.
     """
 
     frame: Frame
@@ -65,6 +71,7 @@ class _Held:
     deadline: float
     rows: list[Row | None] = field(default_factory=list)
     missing: int = 0
+    size: int = 0
 
 
 _Computed = tuple[Sequence[tuple[_Held, int]], Sequence[Row]]
@@ -78,8 +85,8 @@ class ContinuousWorker:
         connection: To TorchServe's frontend.
         parts: Makes a request's parts of its fields and headers.
         encode: Makes the reply of an answer.
-        response_timeout_s: A batch that takes longer ends the process: the frontend then answers what it held and
-            starts another.
+        response_timeout_s: A request or a batch that takes longer to decode or to compute ends the process: the
+            frontend then answers what it held and starts another.
     """
 
     def __init__(
@@ -101,6 +108,9 @@ class ContinuousWorker:
         self._finished = threading.Condition()
         self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
         self._sending = threading.Lock()
+        self._room = Room(_MOST_HELD_BYTES)
+        # By thread, when it began with the request that it decodes.
+        self._decoding: dict[int, float] = {}
         self._closed = False
 
     def run(self) -> None:
@@ -128,22 +138,34 @@ class ContinuousWorker:
             if not chunk:
                 break
             for frame in reader.feed(chunk):
-                self._take_in(frame)
+                size = sum(len(value) for value in frame.fields.values())
+                self._room.enter(size)
+                if self._model.decoders is None:
+                    self._take_in(frame, size)
+                else:
+                    self._model.decoders.submit(self._guarded, partial(self._take_in, frame, size))
         with self._arrived:
             self._closed = True
             self._arrived.notify()
 
-    def _take_in(self, frame: Frame) -> None:
+    def _take_in(self, frame: Frame, size: int) -> None:
         arrived, began = time.monotonic(), time.perf_counter()
+        thread = threading.get_ident()
+        self._decoding[thread] = arrived
         decoded = self._decoded(frame)
+        del self._decoding[thread]
         self._model.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "decode"),))
         if isinstance(decoded, RequestError):
+            self._room.leave(size)
             self._give_out((frame, error_answer(decoded)))
             return
         count = len(decoded.samples)
+        taken = sum(array.nbytes for sample in decoded.samples for array in sample.values())
+        self._room.change(size, taken)
         # Without its body, which the samples were made of.
         kept = Frame(frame.id, {}, dict.fromkeys(frame.fields, b""))
-        held = _Held(kept, decoded, _deadline(frame, arrived), rows=[None] * count, missing=count)
+        deadline = _deadline(frame, arrived)
+        held = _Held(kept, decoded, deadline, rows=[None] * count, missing=count, size=taken)
         with self._arrived:
             self._waiting.append(held)
             self._arrived.notify()
@@ -238,6 +260,7 @@ class ContinuousWorker:
             held.rows[i] = row
             held.missing -= 1
             if not held.missing:
+                self._room.leave(held.size)
                 answer = self._model.build_answer(held.decoded, [row for row in held.rows if row is not None])
                 replies.append(self._encode(answer, held.frame).encode())
         return replies
@@ -246,10 +269,16 @@ class ContinuousWorker:
         """A model that hangs holds every request: TorchServe's own timeout does not cover this way of serving."""
         while True:
             time.sleep(_WATCH_S)
-            began = self._model.busy_since
-            if began is not None and time.monotonic() - began > self._response_timeout_s:
-                logger.critical("the worker ends: a batch takes more than %g s", self._response_timeout_s)
-                os._exit(1)
+            earliest = time.monotonic() - self._response_timeout_s
+            computing = self._model.busy_since
+            if computing is not None and computing < earliest:
+                self._end("a batch takes longer than responseTimeout to compute")
+            if any(began < earliest for began in list(self._decoding.values())):
+                self._end("a request takes longer than responseTimeout to decode")
+
+    def _end(self, why: str) -> None:
+        logger.critical("the worker ends: %s, %g s", why, self._response_timeout_s)
+        os._exit(1)
 
 
 def _deadline(frame: Frame, arrived: float) -> float:

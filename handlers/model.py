@@ -6,8 +6,10 @@ The worker, the export gates, ``torchport inspect --verify`` and in-process meas
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ SIGNATURE_FILE = "signature.json"
 DEFAULT_MAX_BATCH = 32
 MAX_SAMPLES_PER_REQUEST = 256
 _COST_LIMIT_S = 1.0
+_MOST_DECODERS = 8
 
 Row = dict[str, Array] | RequestError
 """One sample's outputs by name, or why there are none."""
@@ -62,9 +65,11 @@ class ServedModel:
         identity: Fields that every answer carries, such as model and version.
         folder: Where the archive's files lie; models of texts find their tokenizer there.
         slot: Held while the model computes; by default nobody has to wait.
+        decoding: Requests that are decoded at once; more than one pays for images, whose codecs leave Python alone.
 
     Attributes:
         meter: Counts what happens.
+        decoders: Threads that decode; None where the caller's own does.
         busy_since: When the batch that is computed now began, on the monotonic clock; None between batches.
 
     Raises:
@@ -80,11 +85,13 @@ class ServedModel:
         identity: dict[str, str] | None = None,
         folder: Path | None = None,
         slot: AbstractContextManager[object] | None = None,
+        decoding: int = 1,
     ) -> None:
         self.signature = signature
         self.backend = backend
         self.meter = Meter()
         self.busy_since: float | None = None
+        self.decoders = ThreadPoolExecutor(decoding, "torchport-decode") if decoding > 1 else None
         self._slot = slot or nullcontext()
         # Until it is measured: calls alone cost, so batches are as few as they can be.
         self._cost = CostModel()
@@ -102,8 +109,17 @@ class ServedModel:
         max_batch: int = DEFAULT_MAX_BATCH,
         identity: dict[str, str] | None = None,
         slot: AbstractContextManager[object] | None = None,
+        decoding: int = 1,
     ) -> ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
+
+        Args:
+            folder: The archive's files.
+            threads: Intra-op threads.
+            max_batch: See the class, as for what follows.
+            identity: Fields of every answer.
+            slot: Held while the model computes.
+            decoding: 0 for as many as suit what the model takes and this machine.
 
         Raises:
             LoadError: If the signature, the tokenizer or the artifact cannot be used.
@@ -114,7 +130,15 @@ class ServedModel:
             raise LoadError(f"{SIGNATURE_FILE} cannot be used: {error}") from error
         keep_freed_memory()
         backend = build_backend(signature, folder, threads=threads)
-        return cls(signature, backend, max_batch=max_batch, identity=identity, folder=folder, slot=slot)
+        return cls(
+            signature,
+            backend,
+            max_batch=max_batch,
+            identity=identity,
+            folder=folder,
+            slot=slot,
+            decoding=decoding or _decoders(signature),
+        )
 
     def warm_up(self) -> None:
         """Run every batch size and the extremes of every axis; see :func:`handlers.warm_up.warm_up`.
@@ -171,7 +195,7 @@ class ServedModel:
             requests: For each request, its fields.
         """
         began = time.perf_counter()
-        decoded = [self.read(parts) for parts in requests]
+        decoded = list((self.decoders.map if self.decoders else map)(self.read, requests))
         self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("decode"))
         rows = self.compute([sample for item in decoded if isinstance(item, Decoded) for sample in item.samples])
         answers = []
@@ -269,20 +293,29 @@ class ServedModel:
         outputs = []
         for row in rows:
             if isinstance(row, RequestError):
-                return error_answer(row)
+                return error_answer(row, open_protocol=decoded.reply is not None)
             outputs.append(row)
         try:
             body = self._answerer.answer(decoded, outputs, self._identity)
         except RequestError as error:
-            return error_answer(error)
+            return error_answer(error, open_protocol=decoded.reply is not None)
         except Exception as error:  # as in reading
-            return error_answer(defect("answer_failed", "The server failed to answer this request.", error))
+            failure = defect("answer_failed", "The server failed to answer this request.", error)
+            return error_answer(failure, open_protocol=decoded.reply is not None)
         return Answer(body=body, outputs=tuple(outputs))
 
 
-def error_answer(error: RequestError) -> Answer:
-    """The answer of a request that failed."""
-    return Answer(body={"error": {"code": error.code, "message": error.message}}, error=error)
+def _decoders(signature: Signature) -> int:
+    """How many requests to decode at once, on the cores that this process may use."""
+    if signature.image is None:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_DECODERS, cores)
+
+
+def error_answer(error: RequestError, *, open_protocol: bool = False) -> Answer:
+    """The answer of a request that failed; see :meth:`handlers.errors.RequestError.document`."""
+    return Answer(body=error.document(open_protocol=open_protocol), error=error)
 
 
 def _stage(name: str) -> tuple[tuple[str, str], ...]:

@@ -22,6 +22,7 @@ from handlers.limits import check_answer_size, max_answer_bytes
 from handlers.metadata import describe
 from handlers.metrics import ANSWERS, STAGE_SECONDS, Emitter
 from handlers.model import DEFAULT_MAX_BATCH, Answer, ServedModel, error_answer
+from handlers.open_answer import JSON_LENGTH_HEADER, binary_form, is_open_answer
 from handlers.settings import WorkerSettings
 from handlers.slots import ComputeSlot
 from handlers.wire import quieten_frontend_lines, read_in_few_pieces
@@ -31,6 +32,7 @@ logger = logging.getLogger("torchport")
 # Not json.dumps, which would build an encoder for every answer.
 _ENCODER = json.JSONEncoder(allow_nan=False)
 _JSON = "application/json"
+_BINARY = "application/octet-stream"
 # TorchServe's own, where model-config.yaml has none.
 _RESPONSE_TIMEOUT_S = 120
 
@@ -46,6 +48,7 @@ class Context(Protocol):
     def get_all_request_header(self, idx: int) -> dict[str, Any]: ...  # noqa: D102
     def get_request_id(self, idx: int) -> str | None: ...  # noqa: D102
     def set_response_content_type(self, idx: int, value: str) -> None: ...  # noqa: D102
+    def set_response_header(self, idx: int, key: str, value: str) -> None: ...  # noqa: D102
     def set_response_status(self, code: int, phrase: str, idx: int) -> None: ...  # noqa: D102
 
 
@@ -76,6 +79,7 @@ class Service:
                 max_batch=settings.max_batch or _max_batch(context, config),
                 identity=identity,
                 slot=ComputeSlot(folder, settings.computing),
+                decoding=settings.decoding,
             )
             model.warm_up()
             model.measure_cost()
@@ -125,7 +129,8 @@ class Service:
             context: Headers in, statuses and content types out.
 
         Returns:
-            One JSON body a request, in order.
+            One body a request, in order: JSON, behind which bytes may follow if an Open Inference Protocol request asks
+            for them.
         """
         if self._model is None:
             raise LoadError("the worker has not been initialised")
@@ -135,8 +140,10 @@ class Service:
         bodies = []
         for i, answer in enumerate(answers):
             chosen = self._description if asks_for_description(data[i], headers[i]) else answer
-            body, status = self._body(chosen, context.get_request_id(i))
-            context.set_response_content_type(i, _JSON)
+            body, status, more = self._body(chosen, context.get_request_id(i))
+            context.set_response_content_type(i, _BINARY if more else _JSON)
+            for name, value in more.items():
+                context.set_response_header(i, name, value)
             if status is not HTTPStatus.OK:
                 # The reason phrase goes over TorchServe's wire by character count: it must stay ASCII.
                 context.set_response_status(status.value, status.phrase, i)
@@ -147,16 +154,21 @@ class Service:
     def _reply(self, answer: Answer, frame: Frame) -> Reply:
         if asks_for_description(frame.fields, frame.headers):
             answer = self._description
-        body, status = self._body(answer, frame.id.decode())
-        return Reply(frame.id, status.value, status.phrase, _JSON, body)
+        body, status, headers = self._body(answer, frame.id.decode())
+        return Reply(frame.id, status.value, status.phrase, _BINARY if headers else _JSON, body, headers)
 
-    def _body(self, answer: Answer, request_id: str | None) -> tuple[bytes, HTTPStatus]:
-        """One answer's bytes and status; a failure is counted and logged."""
+    def _body(self, answer: Answer, request_id: str | None) -> tuple[bytes, HTTPStatus, dict[str, str]]:
+        """One answer's bytes, status and headers of its own; a failure is counted and logged."""
+        headers: dict[str, str] = {}
         try:
-            body = _ENCODER.encode(answer.body).encode()
+            document, pieces = binary_form(answer.body)
+            body = _ENCODER.encode(document).encode()
+            if pieces:
+                headers = {JSON_LENGTH_HEADER: str(len(body))}
+                body = b"".join((body, *pieces))
             check_answer_size(body, self._max_answer_bytes)
         except TooLargeError as error:
-            answer = error_answer(error)
+            answer, headers = error_answer(error, open_protocol=is_open_answer(answer.body)), {}
             body = json.dumps(answer.body).encode()
         except ValueError as error:
             answer = error_answer(InferenceError("model_output_not_finite", str(error)))
@@ -166,7 +178,7 @@ class Service:
             _log_failure(answer.error, request_id)
         if self._model is not None:
             self._model.meter.count(ANSWERS, 1, (("code", str(status.value)),))
-        return body, status
+        return body, status, headers
 
 
 def _in_worker_process() -> bool:

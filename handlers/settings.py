@@ -11,7 +11,7 @@ from handlers.slots import MOST_SLOTS
 
 SECTION = "torchport"
 # By field: the least and the most that it may be.
-_BOUNDS = {"threads": (1, 1024), "computing": (0, MOST_SLOTS), "max_batch": (0, 65536)}
+_BOUNDS = {"threads": (1, 1024), "computing": (0, MOST_SLOTS), "max_batch": (0, 65536), "decoding": (0, 1024)}
 # TorchServe hands its own environment on to its workers; an archive is signed and cannot be changed where it serves.
 _PREFIX = "TORCHPORT_"
 
@@ -24,11 +24,13 @@ class WorkerSettings:
         threads: Intra-op threads of each worker. Never "all cores": workers share the machine.
         computing: How many of the model's workers compute at the same time; 0 for all of them.
         max_batch: Samples computed at once; 0 for as many as TorchServe's batches have requests.
+        decoding: Threads of each worker that decode requests; 0 for one, and several where the model takes images.
     """
 
     threads: int = 1
     computing: int = 0
     max_batch: int = 0
+    decoding: int = 0
 
     @classmethod
     def read(cls, config: Mapping[str, object] | None, environment: Mapping[str, str]) -> WorkerSettings:
@@ -36,7 +38,8 @@ class WorkerSettings:
 
         Args:
             config: The whole of model-config.yaml.
-            environment: ``TORCHPORT_THREADS``, ``TORCHPORT_COMPUTING`` and ``TORCHPORT_MAX_BATCH`` count.
+            environment: ``TORCHPORT_THREADS``, ``TORCHPORT_COMPUTING``, ``TORCHPORT_MAX_BATCH`` and
+                ``TORCHPORT_DECODING`` count.
 
         Raises:
             LoadError: If a setting is unknown, no number, or out of range.

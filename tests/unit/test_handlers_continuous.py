@@ -1,110 +1,21 @@
 """The continuous worker: whatever comes in whatever order, each request gets its own answer, once."""
 
-import json
-import os
 import random
-import socket
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from handlers import continuous
-from handlers.continuous import ContinuousWorker, serve_continuously
+from handlers.continuous import serve_continuously
 from handlers.cost import CostModel
-from handlers.fields import read_parts
 from handlers.model import ServedModel
-from handlers.service import Service, logger
-from handlers.signature import Signature
+from handlers.service import logger
 
-from .stock_torchserve import Replies, async_service, inference_request, message, ts
-
-DEADLINE_S = 200
-JSON = "application/json"
-TRIPLE = Signature.from_document(
-    {
-        "format_version": 1,
-        "task": "tensor",
-        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", "length"], "padding": 0}],
-        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", "length"]}],
-        "axes": {"length": {"maximum": 64}},
-    }
-)
-
-
-class Triple:
-    """Triples its input; notes the shapes of its batches, and runs only when it may."""
-
-    device = "cpu"
-
-    def __init__(self):
-        self.shapes = []
-        self.entered = threading.Event()
-        self.may_run = threading.Event()
-        self.may_run.set()
-
-    def run(self, batch):
-        self.entered.set()
-        assert self.may_run.wait(DEADLINE_S)
-        self.shapes.append(batch["x"].shape)
-        if (batch["x"] == -1).any():
-            raise RuntimeError("cannot compute a -1")
-        return {"y": batch["x"] * 3}
-
-
-class Running:
-    """A worker in a thread, and the frontend's end of its connection."""
-
-    def __init__(self, model):
-        self.model = model
-        self._connection, worker = socket.socketpair()
-        self._connection.settimeout(DEADLINE_S)
-        self._worker = worker
-        self._replies = Replies(self._connection.makefile("rb"))
-        service = Service()
-        service._model = model
-        self.worker = ContinuousWorker(
-            model,
-            worker,
-            parts=lambda frame: read_parts(frame.fields, frame.headers),
-            encode=service._reply,
-            response_timeout_s=10 * DEADLINE_S,
-        )
-        self.thread = threading.Thread(target=self.worker.run, daemon=True)
-        self.thread.start()
-
-    def send(self, *requests):
-        self._connection.sendall(message(*requests))
-
-    def answers(self, count):
-        """The next answers in their order: id, status and document of each."""
-        found = []
-        while len(found) < count:
-            for id, status, phrase, content_type, body in next(self._replies):
-                assert content_type == JSON
-                assert phrase.isascii()
-                found.append((id, status, json.loads(body)))
-        assert len(found) == count
-        return found
-
-    def wait_until_held(self, count):
-        """Until so many requests have been read and wait for the model."""
-        deadline = time.monotonic() + DEADLINE_S
-        while len(self.worker._waiting) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def close(self):
-        """Close the connection: the worker ends."""
-        self._replies._stream.close()
-        self._connection.close()
-        self.thread.join(DEADLINE_S)
-        assert not self.thread.is_alive()
-        self._worker.close()
+from .continuous_worker import DEADLINE_S, JSON, TRIPLE, Running, Triple, ask, of_length, tripled
+from .stock_torchserve import async_service, inference_request, message, ts
 
 
 @pytest.fixture
@@ -139,19 +50,6 @@ def backend():
 @pytest.fixture
 def model(backend):
     return ServedModel(TRIPLE, backend, max_batch=4, identity={"model": "m", "version": "1"})
-
-
-def ask(id, document, **headers):
-    fields = [("body", JSON, json.dumps(document).encode())]
-    return inference_request(id, fields, [("Content-Type", JSON), *headers.items()])
-
-
-def of_length(id, length, **headers):
-    return ask(id, {"inputs": [float(length)] * length}, **headers)
-
-
-def tripled(length):
-    return {"outputs": {"y": [3.0 * length] * length}, "model": "m", "version": "1"}
 
 
 def test_a_request_is_answered_with_its_id_and_type(run, model):
@@ -276,6 +174,105 @@ def test_a_model_failure_on_one_sample_hurts_only_its_request(run, model, backen
     assert "cannot compute a -1" in caplog.text
 
 
+def test_a_defect_in_reading_a_request_is_its_own(run, model, caplog):
+    worker = run(model)
+    parts = worker.worker._parts
+
+    def broken(frame):
+        if frame.id == b"broken":
+            raise KeyError("a defect")
+        return parts(frame)
+
+    worker.worker._parts = broken
+    worker.send(of_length("1", 3), of_length("broken", 3), of_length("2", 5))
+    found = {id: (status, document.get("error", {}).get("code")) for id, status, document in worker.answers(3)}
+    assert found == {"1": (200, None), "2": (200, None), "broken": (500, "request_failed")}
+    assert "a defect" in caplog.text
+
+
+def test_a_round_is_no_larger_than_can_be_planned_and_the_oldest_come_first(run, model, backend, monkeypatch):
+    monkeypatch.setattr(continuous, "MOST_PLANNED", 6)
+    planned = []
+    plan = model.plan
+    monkeypatch.setattr(model, "plan", lambda samples: planned.append(len(samples)) or plan(samples))
+    worker = run(model)
+    backend.may_run.clear()
+    worker.send(of_length("0", 1))
+    assert backend.entered.wait(DEADLINE_S)
+    several = {"instances": [[1.0]] * 4}
+    worker.send(ask("a", several), of_length("b", 2), ask("c", several), ask("d", {"instances": [[1.0]] * 7}))
+    worker.wait_until_held(4)
+    backend.may_run.set()
+    assert [id for id, _, _ in worker.answers(5)] == ["0", "a", "b", "c", "d"]
+    # A request that is larger by itself has a round by itself.
+    assert planned == [1, 5, 4, 7]
+
+
+class TestRoom:
+    def test_what_has_no_room_waits_in_the_connection(self, run, model, backend, monkeypatch):
+        monkeypatch.setattr(continuous, "_MOST_HELD_BYTES", 400)
+        worker = run(model)
+        backend.may_run.clear()
+        worker.send(of_length("0", 1))
+        assert backend.entered.wait(DEADLINE_S)
+        # 64 float32 each: one fits beside the first, and of the next one's body a part.
+        worker.send(*(ask(str(i), {"inputs": [1.0] * 64}) for i in range(1, 20)))
+        worker.wait_until_held(1)
+        time.sleep(0.05)
+        assert len(worker.worker._waiting) <= 1
+        assert worker.worker._room.held <= 4 + 256 + 400
+        backend.may_run.set()
+        assert {status for _, status, _ in worker.answers(20)} == {200}
+        assert worker.worker._room.held == 0
+
+    def test_refused_and_failed_requests_leave_none_of_it_taken(self, run, model):
+        worker = run(model)
+        worker.send(
+            ask("wrong key", {"image": 1}),
+            ask("fails", {"inputs": [-1.0] * 3}),
+            of_length("late", 3, **{"x-request-timeout-ms": "0"}),
+            of_length("good", 3),
+        )
+        assert {id: status for id, status, _ in worker.answers(4)} == {
+            "wrong key": 400,
+            "fails": 500,
+            "late": 503,
+            "good": 200,
+        }
+        assert worker.worker._room.held == 0
+
+
+class TestDecoders:
+    @pytest.fixture
+    def model(self, backend):
+        return ServedModel(TRIPLE, backend, max_batch=4, identity={"model": "m", "version": "1"}, decoding=3)
+
+    def test_a_slow_request_does_not_keep_others_from_being_decoded(self, run, model, monkeypatch):
+        gate = threading.Event()
+        read = model.read
+
+        def slow(parts):
+            if b"64.0" in parts[0].value:
+                assert gate.wait(DEADLINE_S)
+            return read(parts)
+
+        monkeypatch.setattr(model, "read", slow)
+        worker = run(model)
+        worker.send(of_length("slow", 64), *(of_length(str(length), length) for length in range(1, 30)))
+        found = worker.answers(29)
+        assert {id for id, _, _ in found} == {str(length) for length in range(1, 30)}
+        gate.set()
+        assert worker.answers(1) == [("slow", 200, tripled(64))]
+
+    def test_each_request_gets_its_own_answer(self, run, model):
+        worker = run(model)
+        lengths = {f"id-{i}": 1 + i % 64 for i in range(300)}
+        worker.send(*(of_length(id, length) for id, length in lengths.items()), ask("bad", {"image": 1}))
+        found = {id: (status, document) for id, status, document in worker.answers(301)}
+        assert found.pop("bad")[0] == 400
+        assert found == {id: (200, tripled(length)) for id, length in lengths.items()}
+
+
 class TestDeadlines:
     @pytest.fixture
     def model(self, model):
@@ -292,6 +289,15 @@ class TestDeadlines:
         assert (status, document["error"]["code"]) == (503, "deadline_exceeded")
         assert document["error"]["message"].endswith(".")
         assert backend.shapes == [(1, 3)]
+
+    def test_what_a_request_has_waited_in_the_frontend_is_gone_already(self, run, model):
+        worker = run(model)
+        timeout = {"x-request-timeout-ms": "3700000"}  # a batch takes 3,600,000, it believes
+        worker.send(
+            of_length("waited", 3, **timeout, **{"torchport-queued-ms": "200000"}),
+            of_length("came at once", 3, **timeout, **{"torchport-queued-ms": "0"}),
+        )
+        assert {id: status for id, status, _ in worker.answers(2)} == {"waited": 503, "came at once": 200}
 
     @pytest.mark.parametrize("value", ["", "soon", "-5", "1.5", "1e1", "0x1", "\u0661", "9" * 5000])
     def test_a_header_that_is_no_number_is_no_deadline(self, run, model, value):
@@ -365,86 +371,6 @@ def test_closing_it_in_the_middle_of_a_request_and_of_a_batch_ends_it(run, model
     backend.may_run.set()
     closing.join(DEADLINE_S)
     assert not worker.thread.is_alive()
-
-
-# A worker in a process of its own, which is asked one thing. What it does wrong comes before the last line.
-PROCESS = """\
-import json, socket, sys, time
-import numpy as np
-from handlers.continuous import ContinuousWorker
-from handlers.frames import Reply
-from handlers.model import ServedModel
-from handlers.request import Part
-from handlers.signature import Signature
-
-signature = Signature.from_document(json.loads(sys.argv[1]))
-ours, theirs = socket.socketpair()
-
-class Double:
-    device = "cpu"
-    def run(self, batch):
-        return {"y": batch["x"] * 2}
-
-backend = Double()
-model = ServedModel(signature, backend)
-options = {
-    "parts": lambda frame: [Part(value=frame.fields["body"], content_type="application/json")],
-    "encode": lambda answer, frame: Reply(frame.id, 200, "OK", "application/json", json.dumps(answer.body).encode()),
-    "response_timeout_s": 3600,
-}
-sent = bytes.fromhex(sys.argv[2])
-def broken(*arguments):
-    raise KeyError("a defect")
-"""
-END = """
-ours.sendall(sent)
-if "closes" in sys.argv:
-    ours.close()
-ContinuousWorker(model, theirs, **options).run()
-print("ended")
-"""
-
-
-def run_process(wrong, *arguments):
-    command = [sys.executable, "-c", PROCESS + wrong + END]
-    document, sent = json.dumps(TRIPLE.to_document()), message(of_length("1", 3)).hex()
-    return subprocess.run(
-        [*command, document, sent, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-        cwd=Path(continuous.__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-class TestProcess:
-    def test_it_ends_in_order_when_the_frontend_is_gone(self):
-        done = run_process("", "closes")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
-
-    def test_a_batch_that_hangs_ends_it(self):
-        done = run_process("options['response_timeout_s'] = 0.2\nbackend.run = lambda batch: time.sleep(3600)")
-        assert done.returncode == 1
-        assert "the worker ends: a batch takes more than 0.2 s" in done.stderr
-
-    @pytest.mark.parametrize(
-        ("wrong", "thread"),
-        [
-            ("options['parts'] = broken", "read"),
-            ("sent = b'?'", "read"),
-            ("model.plan = broken", "compute"),
-            ("options['encode'] = broken", "compute"),
-            # A request that is refused, which the model never sees.
-            ("options['encode'] = broken; sent = sent.replace(b'inputs', b'imputs')", "answer"),
-        ],
-    )
-    def test_a_defect_in_any_thread_ends_it(self, wrong, thread):
-        done = run_process(wrong)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert f"the worker ends: a defect in {thread}" in done.stderr
-        assert "Traceback" in done.stderr
 
 
 class TestServeContinuously:

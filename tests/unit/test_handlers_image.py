@@ -96,6 +96,17 @@ class TestFiles:
         expected = normalised(pixels, COLOUR).transpose(2, 0, 1)
         np.testing.assert_allclose(decode_file(encode(pixels), COLOUR), expected, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        "spec", [GREY, COLOUR, dataclasses.replace(COLOUR, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]
+    )
+    def test_every_level_is_normalised_as_pixels_in_json_are_to_the_last_bit(self, encode, spec):
+        spec = dataclasses.replace(spec, height=16, width=16, max_pixels=256)
+        pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+        if spec.channels == 3:
+            pixels = np.stack([pixels, pixels.T, pixels[::-1]], axis=-1)
+        in_json, _ = decode_array(pixels.tolist(), spec)
+        np.testing.assert_array_equal(decode_file(encode(pixels), spec), in_json[0])
+
     def test_jpeg_is_read(self, encode):
         samples = decode_file(encode(np.full((2, 3), 128, np.uint8), "JPEG"))
         np.testing.assert_allclose(samples, normalised(128, GREY)[0], atol=0.02)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 from functools import partial
 
 import numpy as np
@@ -38,6 +39,29 @@ def test_answers_keep_the_order_of_the_requests(model, png_request):
     order = ["bright", "dark", "mid", "mid", "dark", "bright", "dark"]
     answers = model.answer([png_request(label) for label in order])
     assert [answer.body["label"] for answer in answers] == order
+
+
+def test_requests_are_decoded_at_once_where_that_is_wanted(
+    served_signature, brightness_backend, png_request, monkeypatch
+):
+    model = ServedModel(served_signature, brightness_backend, decoding=2)
+    read, together = model.read, threading.Barrier(2)
+
+    def read_beside_another(parts):
+        together.wait(60)
+        return read(parts)
+
+    monkeypatch.setattr(model, "read", read_beside_another)
+    order = ["bright", "dark", "mid", "mid"]
+    assert [answer.body["label"] for answer in model.answer([png_request(label) for label in order])] == order
+
+
+@pytest.mark.parametrize(("cores", "decoders"), [({0}, None), ({0, 1, 2}, 3), (set(range(64)), 8)])
+def test_images_are_decoded_on_every_core_within_bounds(extracted, monkeypatch, cores, decoders):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: cores)
+    pool = ServedModel.load(extracted, threads=1, decoding=0).decoders
+    assert (pool and pool._max_workers) == decoders
+    assert ServedModel.load(extracted, threads=1).decoders is None
 
 
 def test_a_bad_request_hurts_only_itself(model, png_request):

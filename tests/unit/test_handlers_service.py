@@ -262,7 +262,9 @@ class TestInitialize:
         lines = []
         emitter._write = lines.append
         emitter.emit()
-        assert "torchport_samples_total.Count:1|#ModelName:brightness,ModelVersion:1.0|#type:COUNTER" in lines[0]
+        assert (
+            "torchport_samples_total.Count:1.000000000|#ModelName:brightness,ModelVersion:1.0|#type:COUNTER" in lines[0]
+        )
 
     def test_the_process_is_changed_only_when_the_model_is_served(self, folder, extracted, changed):
         (folder / "model.pt").write_bytes(b"x")

@@ -13,12 +13,12 @@ def read(section, **environment):
 
 @pytest.mark.parametrize("config", [None, {}, {"minWorkers": 2}, {"torchport": None}, {"torchport": {}}])
 def test_defaults_without_a_section(config):
-    assert WorkerSettings.read(config, {}) == WorkerSettings(threads=1, computing=0, max_batch=0)
+    assert WorkerSettings.read(config, {}) == WorkerSettings(threads=1, computing=0, max_batch=0, decoding=0)
 
 
 def test_the_file_is_read():
-    section = {"threads": 3, "computing": 2, "max_batch": 64}
-    assert read(section) == WorkerSettings(threads=3, computing=2, max_batch=64)
+    section = {"threads": 3, "computing": 2, "max_batch": 64, "decoding": 5}
+    assert read(section) == WorkerSettings(threads=3, computing=2, max_batch=64, decoding=5)
 
 
 def test_the_environment_replaces_what_it_names_and_nothing_else():
@@ -26,6 +26,7 @@ def test_the_environment_replaces_what_it_names_and_nothing_else():
     assert read(section, TORCHPORT_THREADS="4") == WorkerSettings(threads=4, computing=2, max_batch=64)
     assert read(section, TORCHPORT_COMPUTING="0") == WorkerSettings(threads=3, computing=0, max_batch=64)
     assert read(None, TORCHPORT_MAX_BATCH="8") == WorkerSettings(max_batch=8)
+    assert read(None, TORCHPORT_DECODING="2") == WorkerSettings(decoding=2)
 
 
 def test_an_empty_variable_is_none():
@@ -37,7 +38,8 @@ def test_variables_of_others_are_ignored():
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("threads", 1, 1024), ("computing", 0, 8), ("max_batch", 0, 65536)]
+    ("name", "least", "most"),
+    [("threads", 1, 1024), ("computing", 0, 8), ("max_batch", 0, 65536), ("decoding", 0, 1024)],
 )
 def test_bounds_are_included(name, least, most):
     variable = f"TORCHPORT_{name.upper()}"
