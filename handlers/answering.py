@@ -10,11 +10,12 @@ import numpy as np
 from handlers.classification import Classifier, not_finite
 from handlers.decoder import Decoded
 from handlers.errors import OutOfRangeError
-from handlers.open_inference import OpenReply, answer_document, output_tensors, tensor_document
+from handlers.open_answer import answer_document, ranked, tensor_document
+from handlers.open_inference import BYTES, OpenOutput, OpenReply, output_tensors
 from handlers.signature import TENSOR, Signature
 from handlers.tensors import Array
 
-_TOP_K = frozenset({"top_k_label", "top_k_probability"})
+_TOP_K = ("top_k_label", "top_k_probability")
 
 Outputs = Mapping[str, Array]
 """One sample's outputs by name, without the batch axis."""
@@ -29,12 +30,13 @@ class Answerer:
 
     def __init__(self, signature: Signature) -> None:
         self._classifier = None if signature.task == TENSOR else Classifier(signature.labels)
+        self._labels = signature.labels
         self._logits = signature.outputs[0].name
         self._own = tuple(spec.name for spec in signature.outputs)
         self._datatypes = {name: datatype for name, (datatype, _) in output_tensors(signature).items()}
 
     def answer(self, decoded: Decoded, rows: Sequence[Outputs], identity: Mapping[str, str]) -> dict[str, Any]:
-        """The JSON document of one request.
+        """The JSON document of one request; see :func:`handlers.open_answer.binary_form` for what is no JSON in it.
 
         Args:
             decoded: The request.
@@ -64,24 +66,41 @@ class Answerer:
     ) -> dict[str, Any]:
         for row in rows:
             _check_finite(row)
-        tensors: dict[str, Array] = {}
-        if self._classifier is not None:
-            answers = [self._classifier.answer(row[self._logits], decoded.parameters.top_k) for row in rows]
-            tensors["label"] = np.array([answer["label"] for answer in answers], dtype=object)
-            tensors["probability"] = np.array([answer["probability"] for answer in answers])
-            if decoded.parameters.top_k is not None or _TOP_K.intersection(reply.outputs):
-                for key in ("label", "probability"):
-                    listed = [[item[key] for item in answer["top_k"]] for answer in answers]
-                    tensors[f"top_k_{key}"] = np.array(listed, dtype=object)
-        for name in self._own:
-            tensors[name] = _joined([row[name] for row in rows], name)
-        documents = [
-            tensor_document(name, tensors[name], self._datatypes[name]) for name in reply.outputs or tuple(tensors)
-        ]
+        wanted = reply.outputs or self._usual(reply, decoded.parameters.top_k)
+        tensors = self._classes({output.name for output in wanted}, rows, decoded.parameters.top_k)
+        documents = []
+        for output in wanted:
+            name, datatype = output.name, self._datatypes[output.name]
+            values = _joined([row[name] for row in rows], name) if name in self._own else tensors[name]
+            if output.classes is not None:
+                values = ranked(values, output.classes, self._labels if name == self._logits else ())
+                datatype = BYTES
+            documents.append(tensor_document(name, values, datatype, binary=output.binary))
         answer = answer_document(documents, reply, identity)
         if decoded.truncated:
             answer["parameters"] = {"truncated": sorted(decoded.truncated)}
         return answer
+
+    def _usual(self, reply: OpenReply, top_k: int | None) -> tuple[OpenOutput, ...]:
+        """The outputs of a request that names none."""
+        names = self._own
+        if self._classifier is not None:
+            names = ("label", "probability", *(_TOP_K if top_k is not None else ()), *names)
+        return tuple(OpenOutput(name=name, binary=reply.binary) for name in dict.fromkeys(names))
+
+    def _classes(self, names: set[str], rows: Sequence[Outputs], top_k: int | None) -> dict[str, Array]:
+        """What an answer says of a classification besides the model's own outputs."""
+        if self._classifier is None or names <= set(self._own):
+            return {}
+        answers = [self._classifier.answer(row[self._logits], top_k) for row in rows]
+        tensors = {
+            "label": np.array([answer["label"] for answer in answers], dtype=object),
+            "probability": np.array([answer["probability"] for answer in answers]),
+        }
+        for key in ("label", "probability") if names.intersection(_TOP_K) else ():
+            listed = [[item[key] for item in answer["top_k"]] for answer in answers]
+            tensors[f"top_k_{key}"] = np.array(listed, dtype=object)
+        return tensors
 
 
 def _check_finite(outputs: Outputs) -> None:

@@ -1,9 +1,10 @@
 """The continuous worker: plans over every request in flight, and answers each as soon as it is computed.
 
 In TorchServe's usual way a worker holds one batch: it waits for a batch to fill, and the next one waits for the last
-answer of this one. With ``asyncCommunication`` the frontend hands over every request at once. Three threads share the
-work here: one reads and decodes, one computes (outside of Python, so the others run meanwhile), one answers. Where
-decoding takes long, as that of images does, it has threads of its own.
+answer of this one. With ``asyncCommunication`` the frontend hands over every request at once. Where computing takes
+long, three threads share the work here: one reads and decodes, one computes (outside of Python, so the others run
+meanwhile), one answers; and images, which take long to decode, have threads of their own for it. Where computing takes
+next to nothing, one thread does all in turn: passing Python's lock between them would cost more than the work itself.
 
 TorchServe's own loop for it (``ts.async_service``, 0.12.0) copies its context and prints for every message, takes one
 message at a time, and passes each through four threads; this takes its place. See docs/decisions/014.
@@ -39,7 +40,7 @@ KNOWN_RELEASE = "0.12.0"
 
 _RECEIVED_BYTES = 1 << 18
 # Of Python's lock, between the three threads. By default, a thread that comes back from computing waits up to 5 ms.
-_SWITCH_INTERVAL_S = 0.0005
+_SWITCH_INTERVAL_S = 0.0001
 # Relative to when the request is read; who gives up earlier than the model answers need not be computed.
 _TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
 # The frontend's class writes it, over whatever a client wrote.
@@ -87,6 +88,7 @@ class ContinuousWorker:
         encode: Makes the reply of an answer.
         response_timeout_s: A request or a batch that takes longer to decode or to compute ends the process: the
             frontend then answers what it held and starts another.
+        pipelined: Whether to decode, to compute and to answer in threads of their own.
     """
 
     def __init__(
@@ -97,12 +99,14 @@ class ContinuousWorker:
         parts: Callable[[Frame], list[Part]],
         encode: Callable[[Answer, Frame], Reply],
         response_timeout_s: float,
+        pipelined: bool = True,
     ) -> None:
         self._model = model
         self._connection = connection
         self._parts = parts
         self._encode = encode
         self._response_timeout_s = response_timeout_s
+        self._pipelined = pipelined
         self._arrived = threading.Condition()
         self._waiting: deque[_Held] = deque()
         self._finished = threading.Condition()
@@ -116,9 +120,10 @@ class ContinuousWorker:
     def run(self) -> None:
         """Answer until the frontend closes the connection; then, what is left of the process may end."""
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        for job in (self._read, self._answer, self._watch):
+        beside = (self._read, self._answer, self._watch) if self._pipelined else (self._watch,)
+        for job in beside:
             threading.Thread(target=self._guarded, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
-        self._guarded(self._compute)
+        self._guarded(self._compute if self._pipelined else self._take_turns)
 
     def _guarded(self, job: Callable[[], None]) -> None:
         """A thread that dies would leave clients waiting: the process goes with it, and the frontend notices."""
@@ -130,15 +135,9 @@ class ContinuousWorker:
 
     def _read(self) -> None:
         reader = FrameReader()
-        while True:
-            try:
-                chunk = self._connection.recv(_RECEIVED_BYTES)
-            except OSError:  # the frontend was killed
-                chunk = b""
-            if not chunk:
-                break
+        while chunk := self._receive():
             for frame in reader.feed(chunk):
-                size = sum(len(value) for value in frame.fields.values())
+                size = _size(frame)
                 self._room.enter(size)
                 if self._model.decoders is None:
                     self._take_in(frame, size)
@@ -147,6 +146,27 @@ class ContinuousWorker:
         with self._arrived:
             self._closed = True
             self._arrived.notify()
+
+    def _take_turns(self) -> None:
+        """Take in what has arrived, compute it, and again."""
+        reader = FrameReader()
+        while chunk := self._receive():
+            for frame in reader.feed(chunk):
+                size = _size(frame)
+                self._room.change(0, size)
+                self._take_in(frame, size)
+                # The rest of a chunk waits, where this much has no room.
+                while self._room.is_full and self._waiting:
+                    self._compute_round(self._next_round())
+            while self._waiting:
+                self._compute_round(self._next_round())
+
+    def _receive(self) -> bytes:
+        """What has arrived, or will as the next; nothing once the frontend is gone."""
+        try:
+            return self._connection.recv(_RECEIVED_BYTES)
+        except OSError:  # the frontend was killed
+            return b""
 
     def _take_in(self, frame: Frame, size: int) -> None:
         arrived, began = time.monotonic(), time.perf_counter()
@@ -177,8 +197,7 @@ class ContinuousWorker:
             return defect("request_failed", "The server failed to read this request.", error)
 
     def _compute(self) -> None:
-        """Round after round: plan over all that has arrived by then, and run batch after batch."""
-        model = self._model
+        """Round after round: all that has arrived by then."""
         while True:
             with self._arrived:
                 while not self._waiting:
@@ -186,11 +205,15 @@ class ContinuousWorker:
                         return
                     self._arrived.wait()
                 round_ = self._next_round()
-            places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
-            samples = [held.decoded.samples[i] for held, i in places]
-            for indices in model.plan(samples):
-                self._run([places[i] for i in indices], [samples[i] for i in indices])
-            del round_, places, samples  # not until the next request comes
+            self._compute_round(round_)
+            del round_  # not until the next request comes
+
+    def _compute_round(self, round_: list[_Held]) -> None:
+        """Plan over all of it, and run batch after batch."""
+        places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
+        samples = [held.decoded.samples[i] for held, i in places]
+        for indices in self._model.plan(samples):
+            self._run([places[i] for i in indices], [samples[i] for i in indices])
 
     def _next_round(self) -> list[_Held]:
         """The oldest requests, as many as can be planned well; what comes later waits for no more than these."""
@@ -210,7 +233,7 @@ class ContinuousWorker:
                 return
         rows = self._model.run(samples)
         if len(places) <= _MOST_ANSWERED_AT_ONCE and not self._waiting and not self._computed:
-            # There is nothing else to compute, or little: the other thread would have to wake up first.
+            # There is nothing else to compute: the other thread would have to wake up first.
             self._send([(places, rows)])
         else:
             self._give_out((places, rows))
@@ -228,6 +251,9 @@ class ContinuousWorker:
         return [places[i] for i in kept], [samples[i] for i in kept]
 
     def _give_out(self, what: _Computed | tuple[Frame, Answer]) -> None:
+        if not self._pipelined:
+            self._send([what])
+            return
         with self._finished:
             self._computed.append(what)
             self._finished.notify()
@@ -279,6 +305,10 @@ class ContinuousWorker:
     def _end(self, why: str) -> None:
         logger.critical("the worker ends: %s, %g s", why, self._response_timeout_s)
         os._exit(1)
+
+
+def _size(frame: Frame) -> int:
+    return sum(len(value) for value in frame.fields.values() if isinstance(value, bytes))
 
 
 def _deadline(frame: Frame, arrived: float) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from handlers.errors import LoadError
-from handlers.open_inference import OpenReply
+from handlers.errors import LoadError, as_open_protocol
+from handlers.open_inference import OpenReply, OpenRequest
 from handlers.parameters import NO_PARAMETERS, Parameters
-from handlers.request import Part
+from handlers.request import Body, Medium, Part, read_body
 from handlers.signature import Signature
 from handlers.tensors import TensorBatch
 
@@ -44,6 +44,24 @@ class Decoder(Protocol):
             RequestError: If it is broken, or outside the signature.
         """
         ...
+
+
+def decode_body(parts: Sequence[Part], medium: Medium, decode: Callable[[Body], Decoded]) -> Decoded:
+    """Decode one request, whose error gets the form that the request has.
+
+    Args:
+        parts: Its fields.
+        medium: The form that the task takes besides JSON.
+        decode: Finds the samples in the body.
+
+    Raises:
+        RequestError: If it is broken, or outside the signature.
+    """
+    body = read_body(parts, medium)
+    if not isinstance(body, OpenRequest):
+        return decode(body)
+    with as_open_protocol():
+        return decode(body)
 
 
 def build_decoder(signature: Signature, *, max_samples: int, folder: Path | None = None) -> Decoder:

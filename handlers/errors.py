@@ -17,7 +17,9 @@ HandlerError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 
 class HandlerError(Exception):
@@ -53,6 +55,10 @@ class RequestError(HandlerError):
         code: Stable machine-readable word, such as ``malformed_json``.
         message: One sentence for the person who sent the request. It never quotes the request's contents
             at length.
+
+    Attributes:
+        open_protocol: Whether the request is known to be one of the Open Inference Protocol; see
+            :func:`as_open_protocol`.
     """
 
     status: ClassVar[int] = 500
@@ -61,6 +67,30 @@ class RequestError(HandlerError):
         super().__init__(message)
         self.code = code
         self.message = message
+        self.open_protocol = False
+
+    def document(self, *, open_protocol: bool = False) -> dict[str, Any]:
+        """The answer of the request: an object with the code and the message.
+
+        The Open Inference Protocol has a string in its place, and its clients fail over anything else; members beside
+        it do not disturb them.
+
+        Args:
+            open_protocol: Whether the request is one of that protocol, whatever the error itself knows.
+        """
+        if open_protocol or self.open_protocol:
+            return {"error": f"{self.code}: {self.message}", "code": self.code}
+        return {"error": {"code": self.code, "message": self.message}}
+
+
+@contextmanager
+def as_open_protocol() -> Iterator[None]:
+    """Give the errors of what runs inside the form that the Open Inference Protocol has."""
+    try:
+        yield
+    except RequestError as error:
+        error.open_protocol = True
+        raise
 
 
 class MalformedError(RequestError):

@@ -22,7 +22,8 @@ def read_parts(row: Mapping[str, object], headers: Mapping[str, object]) -> list
         headers: The request's headers by name, in the client's case; and for each field, a mapping with its own.
     """
     own = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    request_type = _media_type(own.get("content-type", ""))
+    declared = own.get("content-type", "")
+    request_type = _media_type(declared)
     body = None if request_type == _MULTIPART else next((name for name in _BODY_FIELDS if name in row), None)
     if body is None:
         parts = [
@@ -32,7 +33,15 @@ def read_parts(row: Mapping[str, object], headers: Mapping[str, object]) -> list
         ]
     else:
         content_type = _field_type(headers.get(body)) or request_type
-        parts = [Part(value=row[body], content_type=content_type, json_bytes=_length(own.get(_JSON_LENGTH_HEADER)))]
+        parts = [
+            Part(
+                value=row[body],
+                content_type=content_type,
+                json_bytes=_length(own.get(_JSON_LENGTH_HEADER)),
+                charset=_charset(declared),
+                encoding=own.get("content-encoding", "").strip().lower(),
+            )
+        ]
     if PARAMETERS_HEADER in own:
         parts.append(_parameters(own[PARAMETERS_HEADER].encode("utf-8", errors="replace")))
     if any(name in row for name in _QUERY):
@@ -60,6 +69,15 @@ def _field_type(headers: object) -> str:
 
 def _media_type(header: str) -> str:
     return header.partition(";")[0].strip().lower()
+
+
+def _charset(header: str) -> str:
+    """The charset of a media type; empty if it names none."""
+    for parameter in header.split(";")[1:]:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset":
+            return value.strip().strip('"').lower()
+    return ""
 
 
 def _length(header: str | None) -> int | None:

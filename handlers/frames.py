@@ -87,7 +87,7 @@ class FrameReader:
     def _message(self) -> Generator[None, None, list[Frame]]:
         # Not a generator that waits for a piece, which would cost half as much again.
         piece = self._piece
-        frames = []
+        frames: list[Frame] = []
         while True:
             while (request_id := piece()) is _MISSING:
                 yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from handlers.decoder import Decoded
+from handlers.decoder import Decoded, decode_body
 from handlers.errors import MalformedError
 from handlers.image import EncodedImage, ImageDecoder, Payload, PixelArray
 from handlers.limits import too_many_samples
@@ -13,7 +13,7 @@ from handlers.open_inference import BYTES, OpenRequest, check_outputs, output_te
 from handlers.open_tensors import check_names, count_samples, decode_base64, read_files, read_samples
 from handlers.parameters import NO_PARAMETERS, read_parameters
 from handlers.preprocessing import ImagePreprocessing
-from handlers.request import JsonBody, MediaBody, Medium, Part, read_body
+from handlers.request import Body, JsonBody, MediaBody, Medium, Part
 from handlers.signature import Signature
 from handlers.tensor_payload import TensorReader
 from handlers.tensors import TensorBatch
@@ -57,14 +57,16 @@ class ImageRequestDecoder:
     def __init__(self, signature: Signature, preprocessing: ImagePreprocessing, *, max_samples: int) -> None:
         self._name = signature.inputs[0].name
         self._reader = TensorReader(signature.inputs[0], signature.axes)
-        self._outputs = tuple(output_tensors(signature))
+        self._outputs = output_tensors(signature)
         self._classes = len(signature.labels)
         self._max_samples = max_samples
         self._images = ImageDecoder(preprocessing, max_samples=max_samples)
 
     def decode(self, parts: Sequence[Part]) -> Decoded:
         """Decode one request; see :class:`handlers.decoder.Decoder`."""
-        body = read_body(parts, IMAGES)
+        return decode_body(parts, IMAGES, self._decode)
+
+    def _decode(self, body: Body) -> Decoded:
         parameters = NO_PARAMETERS
         if body.parameters is not None:
             parameters = read_parameters(body.parameters, classes=self._classes)

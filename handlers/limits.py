@@ -17,6 +17,8 @@ MAX_REQUEST_BYTES = 16 << 20
 MAX_SAMPLES_PER_REQUEST = 256
 # All of a text is cut into tokens, at some 1 MB/s, before it is cut off: a long one would keep its neighbours waiting.
 MAX_TEXT_CHARS = 100_000
+# Of all texts of a request together: less than a second.
+MAX_REQUEST_CHARS = 8 * MAX_TEXT_CHARS
 # An empty list has 2 bytes in JSON and 56 in memory, and the garbage collector walks through all of them again and
 # again: 16 MiB of them take 2.4 s, this many 0.2 s.
 MAX_JSON_LISTS = 1 << 20

@@ -9,12 +9,14 @@ form that Prometheus knows: ``NAME_bucket`` with the label ``le``, ``NAME_sum`` 
 from __future__ import annotations
 
 import bisect
+import itertools
 import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 STAGE_SECONDS = "torchport_stage_seconds"
 BATCH_SAMPLES = "torchport_batch_samples"
@@ -35,36 +37,57 @@ _PERIOD_S = 1.0
 Labels = tuple[tuple[str, str], ...]
 
 
+@dataclass(slots=True)
+class _Histogram:
+    """What was observed of one name and one set of labels.
+
+    Attributes:
+        counts: How many values fell between two bounds; the last one, above all of them.
+        total: The sum of the values.
+    """
+
+    counts: list[int]
+    total: float = 0.0
+
+
 class Meter:
     """Adds up what happens. Its methods take a microsecond; one thread may add while another one takes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._added: Counter[tuple[str, Labels]] = Counter()
+        self._counters: Counter[tuple[str, Labels]] = Counter()
+        self._histograms: dict[tuple[str, Labels], _Histogram] = {}
 
     def count(self, name: str, amount: float = 1, labels: Labels = ()) -> None:
         """Add to a counter."""
         with self._lock:
-            self._added[name, labels] += amount  # type: ignore[assignment]  # Counter takes any number
+            self._counters[name, labels] += amount  # type: ignore[assignment]  # Counter takes any number
 
     def observe(self, name: str, value: float, labels: Labels = ()) -> None:
         """Add a value to one of the histograms named above."""
-        bounds = _BUCKETS[name]
-        place = bisect.bisect_left(bounds, value)
+        place = bisect.bisect_left(_BUCKETS[name], value)
         with self._lock:
-            added = self._added
-            added[f"{name}_sum", labels] += value  # type: ignore[assignment]
-            added[f"{name}_count", labels] += 1
-            # Cumulative, as Prometheus has them.
-            for bound in bounds[place:]:
-                added[f"{name}_bucket", (*labels, ("le", f"{bound:g}"))] += 1
-            added[f"{name}_bucket", (*labels, ("le", "+Inf"))] += 1
+            histogram = self._histograms.get((name, labels))
+            if histogram is None:
+                histogram = self._histograms[name, labels] = _Histogram([0] * (len(_BUCKETS[name]) + 1))
+            histogram.counts[place] += 1
+            histogram.total += value
 
     def take(self) -> dict[tuple[str, Labels], float]:
-        """What was added since the last time."""
+        """What was added since the last time: counters, and of each histogram the counters that Prometheus knows."""
         with self._lock:
-            added, self._added = self._added, Counter()
-        return dict(added)
+            counters, self._counters = self._counters, Counter()
+            histograms, self._histograms = self._histograms, {}
+        added: dict[tuple[str, Labels], float] = dict(counters)
+        for (name, labels), histogram in histograms.items():
+            added[f"{name}_sum", labels] = histogram.total
+            added[f"{name}_count", labels] = sum(histogram.counts)
+            bounds = (*(f"{bound:g}" for bound in _BUCKETS[name]), "+Inf")
+            # Cumulative, as Prometheus has them.
+            for bound, count in zip(bounds, itertools.accumulate(histogram.counts), strict=True):
+                if count:
+                    added[f"{name}_bucket", (*labels, ("le", bound))] = count
+        return added
 
 
 class Emitter:

@@ -6,6 +6,7 @@ The worker, the export gates, ``torchport inspect --verify`` and in-process meas
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ DEFAULT_MAX_BATCH = 32
 MAX_SAMPLES_PER_REQUEST = 256
 _COST_LIMIT_S = 1.0
 _MOST_DECODERS = 8
+# See docs/decisions/014 for what was measured.
+_QUICK_S = 0.001
 
 Row = dict[str, Array] | RequestError
 """One sample's outputs by name, or why there are none."""
@@ -161,6 +164,11 @@ class ServedModel:
             limit_s=limit_s,
         )
         return self._cost
+
+    def is_quick(self) -> bool:
+        """Whether a sample of usual size, in a full batch, takes less to compute than to hand it to another thread."""
+        sizes = [(axis.minimum + axis.maximum) / 2 for axis in self.signature.axes.values()]
+        return bool(self._cost.seconds(self._max_batch, math.prod(sizes)) < self._max_batch * _QUICK_S)
 
     def replay(self, folder: Path) -> float:
         """Answer the golden samples of an extracted archive and compare.

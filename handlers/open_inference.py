@@ -1,19 +1,20 @@
-"""The Open Inference Protocol, version 2 (KServe v2): its requests as tensors, and its answers.
+"""The Open Inference Protocol, version 2 (KServe v2): its requests as tensors.
 
 A request is ``{"id"?, "inputs": [{"name", "shape", "datatype", "data"}, …], "outputs"?: [{"name"}], "parameters"?}``;
 the first axis of every shape is the batch. With the header ``Inference-Header-Content-Length``, the bytes of tensors
-may follow the JSON, as many as their ``parameters.binary_data_size`` says (the protocol's binary extension).
+may follow the JSON, as many as their ``parameters.binary_data_size`` says. Answers have that form where
+``parameters.binary_data_output``, or ``binary_data`` of an output, ask for it (the protocol's binary extension).
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from handlers.errors import MalformedError, OutOfRangeError
 from handlers.signature import Signature
-from handlers.tensors import Array
 from handlers.words import kind, shown_keys
 
 BYTES = "BYTES"
@@ -21,14 +22,22 @@ TEXT_INPUT = "text"
 """The input that texts are sent as, whatever tensors of tokens become of them."""
 DATATYPES = {"float32": "FP32", "float64": "FP64", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 """The protocol's names of the dtypes that signatures know."""
+ELEMENT_LENGTH = struct.Struct("<I")
+"""What stands before each element of a BYTES tensor in its binary form: how many bytes it has."""
 
-_IDENTITY = {"model": "model_name", "version": "model_version"}
-_REQUEST_KEYS = ("id", "inputs", "outputs", "parameters")
+# KServe's client says the model as well; the URL has named it already.
+_REQUEST_KEYS = ("id", "inputs", "outputs", "parameters", "model_name", "model_version")
 _TENSOR_KEYS = ("name", "shape", "datatype", "data", "parameters")
+_OUTPUT_KEYS = ("name", "parameters")
 _BINARY_SIZE = "binary_data_size"
+_BINARY_OUTPUTS = "binary_data_output"
+_BINARY = "binary_data"
+_CLASSIFICATION = "classification"
 _MAX_ID_CHARS = 256
 _MAX_TENSORS = 256
 _MAX_DIMENSIONS = 32
+# For any size. What is merely too much is refused where it is counted.
+_TOO_LARGE = 1 << 63
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,16 +58,33 @@ class OpenTensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OpenOutput:
+    """One output that a request wants.
+
+    Attributes:
+        name: The output.
+        binary: Whether as bytes that follow the JSON.
+        classes: How many classes of it to list in its place; None for the output itself.
+    """
+
+    name: str
+    binary: bool = False
+    classes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OpenReply:
     """What a request says about its answer.
 
     Attributes:
         id: What the client calls the request, and hears again; None if it has no name.
         outputs: The outputs that it wants, in order; empty for the usual ones.
+        binary: Whether the usual ones should be bytes that follow the JSON.
     """
 
     id: str | None
-    outputs: tuple[str, ...]
+    outputs: tuple[OpenOutput, ...]
+    binary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +103,10 @@ class OpenRequest:
 
 
 def is_open_request(body: Mapping[str, object]) -> bool:
-    """Whether a JSON body that has ``inputs`` means this protocol."""
-    if "outputs" in body or "id" in body:
+    """Whether a JSON body means this protocol."""
+    if "instances" in body:
+        return False
+    if "outputs" in body or "id" in body or "model_name" in body:
         return True
     inputs = body.get("inputs")
     first = inputs[0] if type(inputs) is list and inputs else None
@@ -106,32 +134,55 @@ def parse_open_request(body: Mapping[str, object], binary: bytes = b"") -> OpenR
         tensors.append(tensor)
         rest = rest[size:]
     if rest:
-        raise MalformedError("wrong_binary_size", f"{len(rest)} bytes after the JSON belong to no tensor.")
+        raise MalformedError(
+            "wrong_binary_size",
+            f"The last {len(rest)} bytes belong to no tensor; let each one's {_BINARY_SIZE} say how many are its own.",
+        )
     names = [tensor.name for tensor in tensors]
     if len(set(names)) != len(names):
         raise MalformedError("wrong_body", "'inputs' names a tensor twice; send each one once.")
     identity = body.get("id")
     if identity is not None and (not isinstance(identity, str) or len(identity) > _MAX_ID_CHARS):
         raise MalformedError("wrong_body", f"'id' must be a string of at most {_MAX_ID_CHARS} characters.")
-    outputs = tuple(_output_name(item) for item in _items(body.get("outputs") or [], "outputs"))
-    if len(set(outputs)) != len(outputs):
+    parameters = body.get("parameters")
+    binary_outputs = False
+    if isinstance(parameters, dict) and _BINARY_OUTPUTS in parameters:
+        parameters = dict(parameters)
+        binary_outputs = _flag(parameters.pop(_BINARY_OUTPUTS), _BINARY_OUTPUTS) or False
+    chosen = body.get("outputs")
+    outputs = tuple(_output(item, binary_outputs) for item in _items([] if chosen is None else chosen, "outputs"))
+    if len({output.name for output in outputs}) != len(outputs):
         raise MalformedError("wrong_body", "'outputs' names an output twice; ask for each one once.")
-    return OpenRequest(
-        inputs=tuple(tensors), reply=OpenReply(id=identity, outputs=outputs), parameters=body.get("parameters")
-    )
+    reply = OpenReply(id=identity, outputs=outputs, binary=binary_outputs)
+    return OpenRequest(inputs=tuple(tensors), reply=reply, parameters=parameters)
 
 
-def check_outputs(reply: OpenReply, known: Sequence[str]) -> None:
+def check_outputs(reply: OpenReply, known: Mapping[str, tuple[str, Sequence[int]]]) -> None:
     """Refuse a request for outputs that the model does not have.
 
+    Args:
+        reply: What the request wants.
+        known: What :func:`output_tensors` gave.
+
     Raises:
-        OutOfRangeError: With the names of those that it has.
+        OutOfRangeError: With the names of those that it has, or the number of classes.
     """
-    unknown = [name for name in reply.outputs if name not in known]
+    unknown = [output.name for output in reply.outputs if output.name not in known]
     if unknown:
         raise OutOfRangeError(
             "unknown_output", f"Unknown outputs: {shown_keys(unknown)}; this model has {', '.join(known)}."
         )
+    for output in reply.outputs:
+        datatype, shape = known[output.name]
+        if output.classes is None:
+            continue
+        if len(shape) != 2 or shape[1] < 1 or datatype in (BYTES, DATATYPES["bool"]):
+            raise OutOfRangeError(
+                "wrong_parameter",
+                f"{_CLASSIFICATION} is for outputs of numbers, [batch, classes], which {output.name!a} is not.",
+            )
+        if not 1 <= output.classes <= shape[1]:
+            raise OutOfRangeError("wrong_parameter", f"{_CLASSIFICATION} must be a whole number from 1 to {shape[1]}.")
 
 
 def output_tensors(signature: Signature) -> dict[str, tuple[str, list[int]]]:
@@ -147,27 +198,6 @@ def output_tensors(signature: Signature) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
-def tensor_document(name: str, values: Array, datatype: str) -> dict[str, Any]:
-    """One output of an answer."""
-    return {"name": name, "datatype": datatype, "shape": list(values.shape), "data": values.ravel().tolist()}
-
-
-def answer_document(
-    outputs: Sequence[Mapping[str, Any]], reply: OpenReply, identity: Mapping[str, str]
-) -> dict[str, Any]:
-    """One answer.
-
-    Args:
-        outputs: What :func:`tensor_document` gave.
-        reply: What the request says about its answer.
-        identity: The served model's ``model`` and ``version``, if it has them.
-    """
-    answer: dict[str, Any] = {_IDENTITY.get(key, key): value for key, value in identity.items()}
-    if reply.id is not None:
-        answer["id"] = reply.id
-    return {**answer, "outputs": list(outputs)}
-
-
 def _tensor(item: object, rest: memoryview) -> tuple[OpenTensor, int]:
     """One tensor, and how many of the bytes after the JSON are its own."""
     if not isinstance(item, dict):
@@ -176,7 +206,6 @@ def _tensor(item: object, rest: memoryview) -> tuple[OpenTensor, int]:
     name, shape, datatype = item["name"], item["shape"], item["datatype"]
     if not isinstance(name, str) or not isinstance(datatype, str):
         raise MalformedError("wrong_body", "The name and the datatype of a tensor must be strings.")
-    # Large sizes, whose product would overflow, are refused where the data are counted.
     if not isinstance(shape, list) or not 1 <= len(shape) <= _MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise MalformedError(
             "wrong_body", f"The shape of tensor {name[:80]!a} must be a list of whole numbers, the batch first."
@@ -199,7 +228,7 @@ def _tensor(item: object, rest: memoryview) -> tuple[OpenTensor, int]:
 
 
 def _is_size(value: object) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < _TOO_LARGE
 
 
 def _items(value: object, key: str) -> list[object]:
@@ -210,11 +239,38 @@ def _items(value: object, key: str) -> list[object]:
     return value
 
 
-def _output_name(item: object) -> str:
+def _output(item: object, binary: bool) -> OpenOutput:
     name = item.get("name") if isinstance(item, dict) else None
-    if not isinstance(name, str):
+    if not isinstance(item, dict) or not isinstance(name, str):
         raise MalformedError("wrong_body", """Each of 'outputs' must be an object such as {"name": "…"}.""")
-    return name
+    _check_keys(item, _OUTPUT_KEYS, required=("name",), what="Each of 'outputs'")
+    parameters = item.get("parameters")
+    if parameters is None:
+        return OpenOutput(name=name, binary=binary)
+    if not isinstance(parameters, dict):
+        raise MalformedError(
+            "wrong_parameters",
+            f"The parameters of output {name[:80]!a} must be an object of names and values, not {kind(parameters)}.",
+        )
+    unknown = [key for key in parameters if key not in (_BINARY, _CLASSIFICATION)]
+    if unknown:
+        raise OutOfRangeError(
+            "unknown_parameter",
+            f"Unknown parameters of output {name[:80]!a}: {shown_keys(unknown)}; "
+            f"an output takes {_BINARY} and {_CLASSIFICATION}.",
+        )
+    own = _flag(parameters.get(_BINARY), _BINARY)
+    classes = parameters.get(_CLASSIFICATION)
+    if classes is not None and not _is_size(classes):
+        raise OutOfRangeError("wrong_parameter", f"{_CLASSIFICATION} must be a whole number of classes.")
+    return OpenOutput(name=name, binary=binary if own is None else own, classes=classes)
+
+
+def _flag(value: object, name: str) -> bool | None:
+    """A parameter that is true or false, or not given."""
+    if value is None or isinstance(value, bool):
+        return value
+    raise OutOfRangeError("wrong_parameter", f"{name} must be true or false, not {kind(value)}.")
 
 
 def _check_keys(item: Mapping[str, object], known: Sequence[str], *, required: Sequence[str], what: str) -> None:

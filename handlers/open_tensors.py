@@ -5,18 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-import struct
 from collections.abc import Sequence
 
 from handlers.errors import MalformedError, OutOfRangeError
 from handlers.limits import too_many_samples
 from handlers.nested import flatten
-from handlers.open_inference import BYTES, DATATYPES, OpenRequest, OpenTensor
+from handlers.open_inference import BYTES, DATATYPES, ELEMENT_LENGTH, OpenRequest, OpenTensor
 from handlers.tensor_payload import TensorReader, check_axes
 from handlers.tensors import Array, TensorBatch, TensorSpec
-from handlers.words import shown_keys
-
-_LENGTH = struct.Struct("<I")
+from handlers.words import shown_keys, shown_shape
 
 
 def read_samples(request: OpenRequest, readers: Sequence[TensorReader], *, max_samples: int) -> list[TensorBatch]:
@@ -132,7 +129,7 @@ def _read(tensor: OpenTensor, reader: TensorReader) -> Array:
 def _wrong_count(tensor: OpenTensor, spec: TensorSpec, shape: tuple[int, ...]) -> OutOfRangeError:
     return OutOfRangeError(
         "wrong_shape",
-        f"The data of {spec.name!r} have the shape {list(shape)[:32]}; its shape {list(tensor.shape)} needs "
+        f"The data of {spec.name!r} have the shape {shown_shape(shape)}; its shape {shown_shape(tensor.shape)} needs "
         f"{math.prod(tensor.shape)} numbers, flat or nested.",
     )
 
@@ -166,7 +163,7 @@ def _elements(tensor: OpenTensor) -> Sequence[str | bytes]:
 def _wrong_items(tensor: OpenTensor, count: int, found: int) -> OutOfRangeError:
     return OutOfRangeError(
         "wrong_shape",
-        f"The data of {tensor.name[:80]!a} hold {found} strings; its shape {list(tensor.shape)} needs {count}.",
+        f"The data of {tensor.name[:80]!a} hold {found} strings; its shape {shown_shape(tensor.shape)} needs {count}.",
     )
 
 
@@ -175,8 +172,8 @@ def _split(data: bytes, tensor: OpenTensor) -> list[bytes]:
     elements = []
     start = 0
     while start < len(data):
-        stop = start + _LENGTH.size
-        end = stop + _LENGTH.unpack_from(data, start)[0] if stop <= len(data) else len(data) + 1
+        stop = start + ELEMENT_LENGTH.size
+        end = stop + ELEMENT_LENGTH.unpack_from(data, start)[0] if stop <= len(data) else len(data) + 1
         if end > len(data):
             raise MalformedError(
                 "wrong_binary_size",

@@ -15,9 +15,6 @@ from handlers.words import kind, shown_keys
 PARAMETERS_FIELD = "parameters"
 PARAMETERS_HEADER = "x-parameters"
 
-# Options of the Open Inference Protocol that change nothing here: answers are JSON, which every client takes.
-_WITHOUT_EFFECT = ("binary_data_output",)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
@@ -50,7 +47,7 @@ def read_parameters(value: object, *, classes: int) -> Parameters:
             "wrong_parameters", f"The parameters must be an object of names and values, not {kind(value)}."
         )
     known = ("top_k",) if classes else ()
-    unknown = [name for name in value if name not in known and name not in _WITHOUT_EFFECT]
+    unknown = [name for name in value if name not in known]
     if unknown:
         takes = f"this model takes {', '.join(known)}" if known else "this model takes none"
         raise OutOfRangeError("unknown_parameter", f"Unknown parameters: {shown_keys(unknown)}; {takes}.")

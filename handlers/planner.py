@@ -32,7 +32,7 @@ def plan(samples: Sequence[TensorBatch], signature: Signature, cost: CostModel, 
         Positions in ``samples``, each in exactly one batch; the longest batches come last. Samples of different sizes
         share one only if every dynamic input has a padding.
     """
-    shapes = [_shape(sample, signature) for sample in samples]
+    shapes = _shapes(samples, signature)
     padded = all(spec.padding is not None for spec in signature.inputs if spec.dynamic_axes)
     if padded:
         kinds = [list(range(len(samples)))] if samples else []
@@ -51,21 +51,25 @@ def plan(samples: Sequence[TensorBatch], signature: Signature, cost: CostModel, 
 
 def positions(samples: Sequence[TensorBatch], signature: Signature) -> int:
     """Positions of each sample of a batch, padding included: the product of the largest sizes."""
-    return math.prod(max(sizes) for sizes in zip(*(_shape(sample, signature) for sample in samples), strict=True))
+    return _largest(_shapes(samples, signature))
 
 
 def padding_share(samples: Sequence[TensorBatch], signature: Signature) -> float:
     """The share of a batch's positions that padding fills: 0 where all samples are as large."""
-    filled = sum(math.prod(_shape(sample, signature)) for sample in samples)
-    return 1 - filled / (len(samples) * positions(samples, signature))
+    shapes = _shapes(samples, signature)
+    return 1 - sum(map(math.prod, shapes)) / (len(shapes) * _largest(shapes))
 
 
-def _shape(sample: TensorBatch, signature: Signature) -> tuple[int, ...]:
-    """Sizes of the dynamic axes, by the signature's order of them."""
-    sizes = {
-        name: sample[spec.name].shape[axis - 1] for spec in signature.inputs for axis, name in spec.dynamic_axes.items()
-    }
-    return tuple(sizes[name] for name in signature.axes if name in sizes)
+def _shapes(samples: Sequence[TensorBatch], signature: Signature) -> list[tuple[int, ...]]:
+    """Of each sample, the sizes of the dynamic axes, by the signature's order of them."""
+    # Where inputs share an axis, the last one tells its size; requests in which they differ were refused.
+    found = {axis: (spec.name, place - 1) for spec in signature.inputs for place, axis in spec.dynamic_axes.items()}
+    places = [found[axis] for axis in signature.axes if axis in found]
+    return [tuple([sample[name].shape[place] for name, place in places]) for sample in samples]
+
+
+def _largest(shapes: Sequence[tuple[int, ...]]) -> int:
+    return math.prod(map(max, zip(*shapes, strict=True)))
 
 
 def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) -> list[int]:

@@ -40,6 +40,8 @@ def read_npy(data: bytes, reader: TensorReader, *, max_samples: int) -> tuple[Ar
         raise MalformedError(
             "broken_npy", "The header of the .npy file cannot be read; write the file with numpy.save."
         ) from error
+    if not all(0 <= size < 1 << 63 for size in shape):
+        raise MalformedError("broken_npy", "The header of the .npy file has a size that no array has.")
     spec = reader.spec
     many = len(shape) == len(spec.shape)
     sample_shape = shape[1:] if many else shape

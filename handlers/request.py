@@ -7,12 +7,14 @@ an encoded image; multipart has one such sample a field.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError
+from handlers.encoding import check_charset, decompress
+from handlers.errors import MalformedError, OutOfRangeError, TooLargeError, UnsupportedTypeError, as_open_protocol
 from handlers.limits import MAX_JSON_LISTS, MAX_REQUEST_BYTES
 from handlers.open_inference import OpenRequest, is_open_request, parse_open_request
 from handlers.parameters import PARAMETERS_FIELD
@@ -21,7 +23,7 @@ from handlers.words import kind, shown_keys
 JSON_TYPES = ("application/json",)
 RAW_TYPE = "application/octet-stream"
 # Types that clients send without having chosen them: the bytes decide.
-UNDECLARED_TYPES = ("", RAW_TYPE, "application/x-www-form-urlencoded")
+UNDECLARED_TYPES = ("", RAW_TYPE, "application/x-www-form-urlencoded", "multipart/form-data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +38,16 @@ class Part:
             multipart.
         json_bytes: How many bytes of a body are JSON, when the bytes of tensors follow (the Open Inference Protocol's
             header ``Inference-Header-Content-Length``); None when all of them are what the type says.
+        charset: What the type says of a body's characters, in lower case; empty if nothing.
+        encoding: The body's content encoding, such as ``gzip``, in lower case; empty if it has none.
     """
 
     value: object
     content_type: str
     name: str = ""
     json_bytes: int | None = None
+    charset: str = ""
+    encoding: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +137,16 @@ def read_body(parts: Sequence[Part], medium: Medium) -> Body:
         values = tuple(_field(part, medium) for part in parts)
         return MediaBody(values=values, many=True, parameters=parameters)
     (part,) = parts
+    if part.json_bytes is None:
+        return _single(part, medium, parameters)
+    with as_open_protocol():  # no other form has a number of bytes of JSON
+        return _single(part, medium, parameters)
+
+
+def _single(part: Part, medium: Medium, parameters: object) -> Body:
+    """A body that is not multipart, or has one field."""
+    if part.encoding or part.charset:
+        part = _plain(part)
     value = part.value
     if isinstance(value, str) and part.content_type not in JSON_TYPES:  # TorchServe has decoded a text/... body
         text = _decoded_text(value, part.content_type, medium)
@@ -144,6 +160,24 @@ def read_body(parts: Sequence[Part], medium: Medium) -> Body:
     if part.content_type in JSON_TYPES:
         return _json_body(_load_json(value), parameters)
     return _undeclared(bytes(value), part.content_type, medium, parameters)
+
+
+def _plain(part: Part) -> Part:
+    """A body without its content encoding, its charset checked."""
+    value = part.value
+    if isinstance(value, str) and part.content_type not in JSON_TYPES:
+        # TorchServe decodes what is declared to be text, compressed or not, if it can.
+        value = value.encode("utf-8", errors="surrogatepass")
+    if not isinstance(value, bytes | bytearray):
+        # TorchServe has parsed it: it is neither compressed nor of another charset.
+        decompress(b"", part.encoding, limit=MAX_REQUEST_BYTES)
+        return part
+    data = bytes(value)
+    if data:  # an empty body is empty, whatever it claims to be
+        data = decompress(data, part.encoding, limit=MAX_REQUEST_BYTES)
+    if part.content_type in JSON_TYPES or part.content_type.startswith("text/"):
+        check_charset(data, part.charset)
+    return replace(part, value=data)
 
 
 def _undeclared(data: bytes, content_type: str, medium: Medium, parameters: object) -> Body:
@@ -177,7 +211,7 @@ def _empty(medium: Medium) -> MalformedError:
 
 def looks_like_json(data: bytes) -> bool:
     """Whether bytes begin like a JSON object or list."""
-    return data.lstrip()[:1] in (b"{", b"[")
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
 
 
 def no_samples(key: str) -> OutOfRangeError:
@@ -229,7 +263,7 @@ def _load_json(data: bytes | bytearray) -> object:
                 "or flat or binary tensors.",
             )
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise MalformedError("not_utf8", f"The JSON body is not UTF-8 (byte {error.start}).") from error
     except json.JSONDecodeError as error:
@@ -260,7 +294,7 @@ def _with_binary(data: bytes, json_bytes: int, parameters: object) -> OpenReques
 def _json_body(body: object, parameters: object) -> JsonBody | OpenRequest:
     if not isinstance(body, dict):
         raise MalformedError("wrong_body", f"The JSON body must be an object with the key 'inputs', not {kind(body)}.")
-    if "inputs" in body and is_open_request(body):
+    if is_open_request(body):
         return _open_request(body, b"", parameters)
     if len(body) > 1 and PARAMETERS_FIELD in body:
         body = dict(body)
@@ -289,7 +323,8 @@ def _instances(instances: object) -> list[object]:
 def _open_request(body: dict[str, object], binary: bytes, parameters: object) -> OpenRequest:
     if parameters is not None:
         body = {**body, PARAMETERS_FIELD: _one_of(parameters, body.get(PARAMETERS_FIELD))}
-    return parse_open_request(body, binary)
+    with as_open_protocol():
+        return parse_open_request(body, binary)
 
 
 def _one_of(outside: object, inside: object) -> object:

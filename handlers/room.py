@@ -22,6 +22,11 @@ class Room:
         """Bytes that are held now."""
         return self._held
 
+    @property
+    def is_full(self) -> bool:
+        """Whether whoever comes next has to wait."""
+        return self._held >= self._limit
+
     def enter(self, size: int) -> None:
         """Wait until there is room for so many bytes, and take it."""
         with self._changed:

@@ -11,6 +11,7 @@ import numpy as np
 from handlers.errors import MalformedError, OutOfRangeError
 from handlers.nested import flatten
 from handlers.tensors import Array, Axis, TensorSpec
+from handlers.words import shown_shape
 
 # Integers up to here are exact in float64.
 _EXACT = 1 << 53
@@ -89,7 +90,8 @@ class TensorReader:
         if len(data) != needed:
             raise OutOfRangeError(
                 "wrong_size",
-                f"{self._the} has {len(data)} bytes; the shape {list(shape)} of {self.spec.dtype} needs {needed}.",
+                f"{self._the} has {len(data)} bytes; "
+                f"the shape {shown_shape(shape)} of {self.spec.dtype} needs {needed}.",
             )
         return self.from_array(np.frombuffer(data, self._dtype.newbyteorder("<")).reshape(shape))
 
@@ -148,7 +150,7 @@ class TensorReader:
         if not fits:
             raise OutOfRangeError(
                 "wrong_shape",
-                f"{self._the} has the shape {list(shape)[:32]}; one sample must be {self.shape_text}.",
+                f"{self._the} has the shape {shown_shape(shape)}; one sample must be {self.shape_text}.",
             )
         for size, name in zip(shape, expected, strict=True):
             if isinstance(name, str) and not self._axes[name].minimum <= size <= self._axes[name].maximum:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from handlers.decoder import Decoded
+from handlers.decoder import Decoded, decode_body
 from handlers.errors import MalformedError, OutOfRangeError, UnsupportedTypeError
 from handlers.limits import too_many_samples
-from handlers.open_inference import OpenRequest, check_outputs
+from handlers.open_inference import OpenRequest, check_outputs, output_tensors
 from handlers.open_tensors import read_samples
 from handlers.parameters import NO_PARAMETERS, read_parameters
 from handlers.raw_tensor import NPY_MAGIC, read_bytes, read_npy
-from handlers.request import JsonBody, MediaBody, Medium, Part, no_samples, read_body
+from handlers.request import Body, JsonBody, MediaBody, Medium, Part, no_samples
 from handlers.signature import Signature
 from handlers.tensor_payload import TensorReader, check_axes
 from handlers.tensors import TensorBatch
@@ -53,7 +53,7 @@ class TensorDecoder:
         self._specs = signature.inputs
         self._readers = [TensorReader(spec, signature.axes) for spec in signature.inputs]
         self._names = [spec.name for spec in signature.inputs]
-        self._outputs = [spec.name for spec in signature.outputs]
+        self._outputs = output_tensors(signature)
         self._medium = ONE_TENSOR if len(self._names) == 1 else TENSORS
         # With one dynamic axis in all there is nothing to compare.
         self._shares_axes = sum(len(spec.dynamic_axes) for spec in signature.inputs) > 1
@@ -61,7 +61,9 @@ class TensorDecoder:
 
     def decode(self, parts: Sequence[Part]) -> Decoded:
         """Decode one request; see :class:`handlers.decoder.Decoder`."""
-        body = read_body(parts, self._medium)
+        return decode_body(parts, self._medium, self._decode)
+
+    def _decode(self, body: Body) -> Decoded:
         parameters = NO_PARAMETERS
         if body.parameters is not None:
             parameters = read_parameters(body.parameters, classes=0)

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from handlers.decoder import Decoded
+from handlers.decoder import Decoded, decode_body
 from handlers.errors import LoadError, MalformedError, OutOfRangeError, TooLargeError, one_line
-from handlers.limits import MAX_TEXT_CHARS, too_many_samples
+from handlers.limits import MAX_REQUEST_CHARS, MAX_TEXT_CHARS, too_many_samples
 from handlers.open_inference import TEXT_INPUT, OpenReply, OpenRequest, check_outputs, output_tensors
 from handlers.open_tensors import check_names, count_samples, read_texts
 from handlers.parameters import NO_PARAMETERS, read_parameters
 from handlers.preprocessing import REFUSE, TextPreprocessing
-from handlers.request import Body, JsonBody, Medium, Part, looks_like_json, no_samples, read_body
+from handlers.request import Body, JsonBody, Medium, Part, looks_like_json, no_samples
 from handlers.signature import INPUT_IDS, Signature
 from handlers.tensors import TensorBatch
 from handlers.words import kind
@@ -78,7 +78,7 @@ class TextDecoder:
 
     def __init__(self, signature: Signature, tokenizer: Any, *, max_samples: int) -> None:
         self._inputs = [(spec.name, spec.numpy_dtype) for spec in signature.inputs]
-        self._outputs = tuple(output_tensors(signature))
+        self._outputs = output_tensors(signature)
         self._classes = len(signature.labels)
         self._tokenizer = tokenizer
         self._max_samples = max_samples
@@ -90,13 +90,21 @@ class TextDecoder:
 
     def decode(self, parts: Sequence[Part]) -> Decoded:
         """Decode one request; see :class:`handlers.decoder.Decoder`."""
-        body = read_body(parts, TEXTS)
+        return decode_body(parts, TEXTS, self._decode)
+
+    def _decode(self, body: Body) -> Decoded:
         parameters = NO_PARAMETERS
         if body.parameters is not None:
             parameters = read_parameters(body.parameters, classes=self._classes)
         texts, many, reply = self._texts(body)
         if len(texts) > self._max_samples:
             raise too_many_samples(len(texts), self._max_samples)
+        chars = sum(map(len, texts))
+        if chars > MAX_REQUEST_CHARS:
+            raise TooLargeError(
+                "text_too_long",
+                f"The texts have {chars} characters; the limit is {MAX_REQUEST_CHARS}; send fewer in one request.",
+            )
         samples = []
         truncated = set()
         for position, text in enumerate(texts):
@@ -176,9 +184,9 @@ def _json_texts(body: JsonBody) -> tuple[list[str], bool]:
 
 def _text_of(value: bytes | str) -> str:
     if isinstance(value, str):
-        return value
+        return value.removeprefix("\ufeff")  # a byte order mark, which is no part of the text
     try:
-        return value.decode("utf-8")
+        return value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MalformedError("not_utf8", f"The text is not UTF-8 (byte {error.start}); encode it as UTF-8.") from error
 

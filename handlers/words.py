@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 _KINDS = {
@@ -19,6 +20,12 @@ def kind(value: object) -> str:
     return _KINDS.get(type(value), "an object")
 
 
+def shown_shape(shape: Sequence[int]) -> str:
+    """A shape, the first few axes of it."""
+    sizes = [str(size) for size in shape[:8]]
+    return f"[{', '.join(sizes if len(shape) == len(sizes) else [*sizes, '...'])}]"
+
+
 def shown_keys(keys: Sequence[object]) -> str:
     """Keys of a client's object, the first few of them."""
-    return ", ".join(ascii(str(key)[:40]) for key in sorted(keys, key=str)[:5]) or "no key at all"
+    return ", ".join(ascii(str(key)[:40]) for key in heapq.nsmallest(5, keys, key=str)) or "no key at all"

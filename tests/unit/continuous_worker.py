@@ -48,7 +48,7 @@ class Triple:
 class Running:
     """A worker in a thread, and the frontend's end of its connection."""
 
-    def __init__(self, model):
+    def __init__(self, model, **options):
         self.model = model
         self._connection, worker = socket.socketpair()
         self._connection.settimeout(DEADLINE_S)
@@ -62,6 +62,7 @@ class Running:
             parts=lambda frame: read_parts(frame.fields, frame.headers),
             encode=service._reply,
             response_timeout_s=10 * DEADLINE_S,
+            **options,
         )
         self.thread = threading.Thread(target=self.worker.run, daemon=True)
         self.thread.start()

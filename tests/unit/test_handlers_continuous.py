@@ -29,8 +29,8 @@ def run(monkeypatch):
     before = logger.handlers[:], logger.propagate
     logger.handlers[:], logger.propagate = [], True
 
-    def start(model):
-        running.append(Running(model))
+    def start(model, **options):
+        running.append(Running(model, **options))
         return running[-1]
 
     yield start
@@ -271,6 +271,52 @@ class TestDecoders:
         found = {id: (status, document) for id, status, document in worker.answers(301)}
         assert found.pop("bad")[0] == 400
         assert found == {id: (200, tripled(length)) for id, length in lengths.items()}
+
+
+class TestOneThread:
+    """Decoding, computing and answering in turn, for models that compute next to nothing."""
+
+    def test_each_request_gets_its_own_answer_and_they_share_batches(self, run, model, backend):
+        worker = run(model, pipelined=False)
+        lengths = {f"id-{i}": 1 + i % 64 for i in range(300)}
+        worker.send(*(of_length(id, length) for id, length in lengths.items()))
+        found = {id: (status, document) for id, status, document in worker.answers(300)}
+        assert found == {id: (200, tripled(length)) for id, length in lengths.items()}
+        assert len(backend.shapes) < 150
+
+    def test_bad_and_late_requests_hurt_only_themselves(self, run, model):
+        worker = run(model, pipelined=False)
+        worker.send(
+            of_length("good", 3),
+            ask("wrong key", {"image": 1}),
+            ask("fails", {"inputs": [-1.0] * 3}),
+            of_length("late", 3, **{"x-request-timeout-ms": "0"}),
+            ask("many", {"instances": [[1.0], [2.0] * 9]}),
+        )
+        assert {id: status for id, status, _ in worker.answers(5)} == {
+            "good": 200,
+            "wrong key": 400,
+            "fails": 500,
+            "late": 503,
+            "many": 200,
+        }
+        assert worker.worker._room.held == 0
+
+    def test_what_has_no_room_waits_until_the_rest_is_computed(self, run, model, monkeypatch):
+        monkeypatch.setattr(continuous, "_MOST_HELD_BYTES", 1000)
+        most = []
+        plan = model.plan
+        monkeypatch.setattr(model, "plan", lambda samples: most.append(len(samples)) or plan(samples))
+        worker = run(model, pipelined=False)
+        worker.send(*(ask(str(i), {"inputs": [1.0] * 64}) for i in range(20)))  # 256 bytes each
+        assert {status for _, status, _ in worker.answers(20)} == {200}
+        assert max(most) == 4
+
+    def test_closing_the_connection_ends_it(self, run, model):
+        worker = run(model, pipelined=False)
+        worker.send(of_length("1", 3))
+        worker.answers(1)
+        worker.close()
 
 
 class TestDeadlines:

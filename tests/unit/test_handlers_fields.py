@@ -16,6 +16,27 @@ def test_a_body_has_the_type_of_its_request(name):
     assert parts == [Part(value=b"x", content_type="image/png")]
 
 
+@pytest.mark.parametrize(
+    ("declared", "charset"),
+    [
+        ("text/plain", ""),
+        ("text/plain; charset=Latin-1", "latin-1"),
+        ('text/plain; a=b ; Charset = "UTF-8" ', "utf-8"),
+        ("text/plain; charset", ""),
+        ("text/plain;;=;charset=", ""),
+    ],
+)
+def test_a_type_may_name_a_charset(declared, charset):
+    (part,) = read_parts({"body": b"x"}, {"Content-Type": declared})
+    assert (part.content_type, part.charset) == ("text/plain", charset)
+
+
+@pytest.mark.parametrize("name", ["Content-Encoding", "content-encoding"])
+def test_a_body_may_be_compressed(name):
+    (part,) = read_parts({"body": b"x"}, {name: " GZip "})
+    assert part.encoding == "gzip"
+
+
 def test_fields_of_multipart_keep_their_names_types_and_order():
     headers = {
         "Content-Type": "multipart/form-data; boundary=x",

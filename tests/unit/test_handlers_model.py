@@ -6,10 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from handlers.cost import measure_cost
+from handlers.cost import CostModel, measure_cost
 from handlers.errors import BackendError, GoldenError, LoadError, MalformedError, UnsupportedTypeError
 from handlers.model import MAX_SAMPLES_PER_REQUEST, ServedModel
 from handlers.request import Part
+
+from .continuous_worker import TRIPLE
 
 BAD = [Part(value=b"not an image", content_type="image/png")]
 LABELS = ("dark", "mid", "bright")
@@ -62,6 +64,24 @@ def test_images_are_decoded_on_every_core_within_bounds(extracted, monkeypatch, 
     pool = ServedModel.load(extracted, threads=1, decoding=0).decoders
     assert (pool and pool._max_workers) == decoders
     assert ServedModel.load(extracted, threads=1).decoders is None
+
+
+@pytest.mark.parametrize(("seconds", "quick"), [(0.0039, True), (0.0041, False)])
+def test_a_model_is_quick_by_what_a_sample_of_a_full_batch_costs(model, seconds, quick):
+    model._cost = CostModel(call=seconds)  # of four samples
+    assert model.is_quick() is quick
+
+
+def test_sizes_count_in_how_quick_a_model_is(brightness_backend):
+    model = ServedModel(TRIPLE, brightness_backend, max_batch=1)  # of 1 to 64 positions
+    model._cost = CostModel(call=0.0, position=0.001 / 32)
+    assert model.is_quick() is False
+    model._cost = CostModel(call=0.0, position=0.001 / 33)
+    assert model.is_quick() is True
+
+
+def test_a_model_of_unknown_cost_is_not_quick(model):
+    assert model.is_quick() is False
 
 
 def test_a_bad_request_hurts_only_itself(model, png_request):

@@ -2,7 +2,7 @@ import base64
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers import request as request_module
@@ -50,6 +50,7 @@ def one(payload):
         (JPEG, "application/octet-stream"),
         (PNG, "application/x-www-form-urlencoded"),
         (bytearray(PNG), "image/png"),
+        (PNG, "multipart/form-data"),
     ],
 )
 def test_an_image_body_is_one_sample(value, kind):
@@ -92,6 +93,8 @@ def test_multipart_is_one_image_a_field_in_order():
         ([(b"", "image/png")], 400, "empty_request"),
         ([(b"", "")], 400, "empty_request"),
         ([(b"{", "application/json")], 400, "malformed_json"),
+        ([json_part({"instances": [1], "id": "1"})], 400, "wrong_key"),
+        ([json_part({"inputs": [1], "instances": [1], "id": "1"})], 400, "wrong_key"),
         ([(b"[" * 100_000, "application/json")], 400, "malformed_json"),
         ([(b'{"inputs": ' + b"9" * 5000 + b"}", "application/json")], 400, "malformed_json"),
         ([(b'{"inputs": "\xff"}', "application/json")], 400, "not_utf8"),
@@ -164,11 +167,13 @@ def test_a_wrong_body_is_called_by_its_json_name(value, kind):
         parse(json_part(value))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.binary(max_size=40), st.sampled_from(["", "image/png", "application/json", "a/b"]))))
 def test_random_requests_are_parsed_or_refused(parts):
     assert 200 <= status_of(*parts) < 500
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_random_json_is_parsed_or_refused(value):
     for document in (value, {"inputs": value}, {"instances": value}):

@@ -16,6 +16,9 @@ def test_what_fits_goes_in_at_once_and_is_counted():
     room.enter(4)
     room.enter(6)
     assert room.held == 10
+    assert room.is_full
+    room.leave(1)
+    assert not room.is_full
 
 
 def test_who_brings_more_waits_until_others_have_left():

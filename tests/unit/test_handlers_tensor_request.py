@@ -102,7 +102,7 @@ class TestForms:
     def test_other_forms_are_refused(self, document, status, expected):
         assert refusal(document)[:2] == (status, expected)
 
-    @pytest.mark.parametrize("parameters", [None, {}, {"binary_data_output": True}])
+    @pytest.mark.parametrize("parameters", [None, {}])
     def test_parameters_without_effect(self, parameters):
         assert len(decode({"instances": [GOOD, GOOD], "parameters": parameters}).samples) == 2
 

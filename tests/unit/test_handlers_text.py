@@ -104,6 +104,11 @@ class TestTokens:
         fitting = ({"inputs": "bad " * MAX_LENGTH}, "application/json")
         assert len(decode(folder, fitting, too_long="refuse").samples[0]["input_ids"]) == MAX_LENGTH
 
+    @pytest.mark.parametrize("body", [b"\xef\xbb\xbfgood", "\ufeffgood"])
+    def test_a_byte_order_mark_is_no_part_of_the_text(self, folder, body):
+        (sample,) = decode(folder, (body, "text/plain")).samples
+        assert sample["input_ids"].tolist() == [2]
+
     @pytest.mark.parametrize("text", ["", "   ", "\n"])
     def test_a_text_without_a_token_is_one_unknown_token(self, folder, text):
         assert ids(folder, text) == [1]
@@ -198,12 +203,13 @@ class TestForms:
             ([({"inputs": ["a"] * 5}, "application/json")], 413, "too_many_samples"),
             ([("a", "text/plain")] * 5, 413, "too_many_samples"),
             ([({"inputs": "a" * (MAX_TEXT_CHARS + 1)}, "application/json")], 413, "text_too_long"),
+            ([({"inputs": ["a" * MAX_TEXT_CHARS] * 8 + ["a"]}, "application/json")], 413, "text_too_long"),
             ([(b'{"inputs": "\\ud800"}', "application/json")], 400, "not_unicode"),
             ([("a", "text/plain"), (b"\x89PNG\xff", "image/png")], 415, "unsupported_type"),
         ],
     )
     def test_a_bad_request_gets_its_own_status_and_code(self, folder, parts, status, code):
-        assert refusal(folder, *parts) == (status, code)
+        assert refusal(folder, *parts, max_samples=4 if code == "too_many_samples" else 9) == (status, code)
 
     @given(
         st.recursive(
