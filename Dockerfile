@@ -1,5 +1,6 @@
-# The serving image: stock TorchServe with the production configuration, and nothing of torchport. Archives carry
-# their own handlers. How to build, run and stop it: docs/docker.md.
+# The serving image: TorchServe with the production configuration and four classes of its frontend that are ours
+# (docs/decisions/014), and nothing else of torchport. Archives carry their own handlers. How to build, run and stop it:
+# docs/docker.md.
 
 FROM debian:bookworm-slim AS packages
 
@@ -55,6 +56,10 @@ RUN groupadd --gid 10001 torchport && \
 
 COPY --from=packages /opt/venv /opt/venv
 COPY config.properties deploy/log4j2.xml deploy/metrics.yaml deploy/entrypoint.sh deploy/container.py /opt/torchport/
+COPY deploy/aggregator/AsyncBatchAggregator.class /opt/torchport/classes/org/pytorch/serve/wlm/
+COPY deploy/aggregator/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
+COPY deploy/aggregator/Exchanges.class deploy/aggregator/ServerInitializer.class \
+     /opt/torchport/classes/org/pytorch/serve/
 
 # ONNX Runtime reports to its maker by default since 1.29: the model file's and graph's names, sizes, timings.
 ENV ORT_DISABLE_TELEMETRY=1 \

@@ -46,6 +46,15 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long the workers may take to load.")
     ] = 300,
+    drain: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            envvar="TORCHPORT_DRAIN_SECONDS",
+            help="How long requests in flight are answered after Ctrl-C or SIGTERM; then they get 503.",
+        ),
+    ] = 25,
     require_signature: Annotated[
         Path | None,
         typer.Option(
@@ -76,7 +85,9 @@ def serve(
     # terminal stop it as cleanly as Ctrl-C.
     with (
         noted_signals() as interrupts,
-        TorchServe(opened, ports, host=host, workers=workers, scheduling=scheduling, echo=sys.stderr) as server,
+        TorchServe(
+            opened, ports, host=host, workers=workers, scheduling=scheduling, echo=sys.stderr, drain_s=drain
+        ) as server,
     ):
         with progress.status("starting TorchServe"):
             server.wait_until_ready(timeout, interrupts=interrupts)
@@ -84,7 +95,7 @@ def serve(
         code = server.wait(interrupts=interrupts)
         if code is not None:
             raise StartError(f"TorchServe ended by itself with exit code {code} (log: {server.log_file})")
-        progress.print("stopping")
+        progress.print("stopping; once more ends it at once")
     return {"ok": True, "url": server.state.inference_url, "models": server.state.models}
 
 

@@ -4,9 +4,13 @@
     python3 /opt/torchport/container.py token    prints a token for predictions, a new one when the last has expired
     python3 /opt/torchport/container.py check ARCHIVE...
                                                  exit code 0 when every archive is whole and no two are the same model
+    python3 /opt/torchport/container.py install  puts torchport's classes where TorchServe's Java looks first
+    python3 /opt/torchport/container.py continuous FOLDER ARCHIVE...
+                                                 writes copies of checked archives for continuous serving
 
-The image has neither torchport nor curl, so this file stands alone and needs the standard library only. The first two
-run in TorchServe's working folder, where the tokens and the effective configuration are.
+The image has neither torchport nor curl, so this file stands alone; only the last needs more than the standard library,
+which is PyYAML, as TorchServe does. The first two and the fourth run in TorchServe's working folder, where the tokens
+and the effective configuration are.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import shutil
 import struct
 import sys
 import urllib.request
 import zipfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_USAGE = "usage: container.py ready | token | check ARCHIVE... | install | continuous FOLDER ARCHIVE..."
 _KEY_FILE = Path("key_file.json")
 _CONFIG_FILE = Path("config.properties")
 _TIMEOUT_S = 3.0
@@ -30,6 +37,13 @@ _MOST_MODELS = 10_000
 
 _MANIFEST_FILE = "MAR-INF/MANIFEST.json"
 _DIGESTS_FILE = "digests.json"
+_SETTINGS_FILE = "model-config.yaml"
+_WORKER_LOOP = "handlers/continuous.py"
+_OTHER_WAYS = ("useJobTicket", "continuousBatching", "sequenceBatching")
+_CLASSES = Path(__file__).parent / "classes"
+# As in torchport's deploy/continuous.py.
+_IN_FLIGHT = 256
+_LEAST_OF_A_WORKER = 64
 _CHUNK_BYTES = 1 << 20
 # A zip entry's own header, up to its sizes: flags, method, (date,) CRC, packed and unpacked size.
 _ENTRY_HEADER = struct.Struct("<6xHH4xIII")
@@ -144,22 +158,77 @@ def check_archives(paths: list[Path]) -> None:
         served[model] = path
 
 
+def install_classes(folder: Path) -> None:
+    """Put torchport's classes of the frontend into a folder that is first on Java's class path.
+
+    Args:
+        folder: TorchServe's working folder.
+    """
+    for place in _CLASSES.iterdir():
+        shutil.rmtree(folder / place.name, ignore_errors=True)  # what an earlier start left
+        shutil.copytree(place, folder / place.name)
+
+
+def copy_for_continuous(paths: list[Path], folder: Path) -> None:
+    """Copy checked archives; those that can be served continuously get the settings for it, and their digest.
+
+    Args:
+        paths: The archives.
+        folder: Where the copies go, under the same names.
+    """
+    for path in paths:
+        with zipfile.ZipFile(path) as source:
+            obstacle = _obstacle(source)
+            if obstacle is None:
+                _copy(source, folder / path.name, _continuous_settings(source))
+                continue
+        print(f"torchport: {path.name} is served in batches: {obstacle}", file=sys.stderr)
+        shutil.copyfile(path, folder / path.name)
+
+
+def _copy(source: zipfile.ZipFile, path: Path, replaced: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as target:
+        for entry in source.infolist():
+            if entry.filename in replaced:
+                target.writestr(entry.filename, replaced[entry.filename])
+                continue
+            copied = zipfile.ZipInfo(entry.filename, entry.date_time)
+            copied.file_size = entry.file_size  # which chooses the width of the copy's own fields
+            with source.open(entry) as content, target.open(copied, "w") as written:
+                shutil.copyfileobj(content, written, _CHUNK_BYTES)
+
+
 def main(arguments: list[str]) -> int:
     """Answer one question; the exit code is 0 when the answer is good."""
-    if len(arguments) > 1 and arguments[0] == "check":
-        try:
-            check_archives([Path(argument) for argument in arguments[1:]])
-        except ArchiveFaultError as error:
-            print(f"torchport: {error}", file=sys.stderr)
-            return 2
-        return 0
-    if arguments not in (["ready"], ["token"]):
-        print("usage: container.py ready | token | check ARCHIVE...", file=sys.stderr)
+    match arguments:
+        case ["check", _, *_]:
+            return _about_archives(lambda: check_archives([Path(argument) for argument in arguments[1:]]))
+        case ["install"]:
+            return _about_archives(lambda: install_classes(Path.cwd()))
+        case ["continuous", folder, _, *_]:
+            return _about_archives(lambda: copy_for_continuous([Path(path) for path in arguments[2:]], Path(folder)))
+        case ["ready"] | ["token"]:
+            return _about_server(arguments[0])
+    print(
+        "usage: container.py ready | token | check ARCHIVE... | install | continuous FOLDER ARCHIVE...", file=sys.stderr
+    )
+    return 2
+
+
+def _about_archives(act: Callable[[], object]) -> int:
+    try:
+        act()
+    except (ArchiveFaultError, OSError) as error:
+        print(f"torchport: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _about_server(question: str) -> int:
     try:
         config = _read_config()
         management = Management(config["management_address"])
-        if arguments == ["token"]:
+        if question == "token":
             print(management.token("inference"))
         else:
             check_ready(config["load_models"].split(","), management.models())
@@ -168,6 +237,36 @@ def main(arguments: list[str]) -> int:
         print(f"not ready: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _obstacle(source: zipfile.ZipFile) -> str | None:
+    """Why an archive cannot be served continuously; None where it can."""
+    if not {_WORKER_LOOP, _SETTINGS_FILE, _DIGESTS_FILE} <= set(source.namelist()):
+        return "it has no continuous worker; export it again"
+    config = _read_settings(source)
+    other = next((way for way in _OTHER_WAYS if config.get(way) is True), None)
+    return None if other is None else f"its {_SETTINGS_FILE} sets {other}"
+
+
+def _read_settings(source: zipfile.ZipFile) -> dict[str, Any]:
+    import yaml  # noqa: PLC0415  # the health check would load it every ten seconds
+
+    return dict(yaml.safe_load(source.read(_SETTINGS_FILE)) or {})
+
+
+def _continuous_settings(source: zipfile.ZipFile) -> dict[str, bytes]:
+    """The files that differ in a copy for continuous serving: the settings, and the digests with theirs."""
+    import yaml  # noqa: PLC0415  # of use here alone
+
+    config = _read_settings(source)
+    section = dict(config.get("torchport") or {})
+    section.setdefault("max_batch", config.get("batchSize") or 0)
+    in_flight = max(_LEAST_OF_A_WORKER, _IN_FLIGHT // (config.get("maxWorkers") or 1))
+    config |= {"asyncCommunication": True, "batchSize": in_flight, "torchport": section}
+    settings = yaml.safe_dump(config, sort_keys=False).encode()
+    document = json.loads(source.read(_DIGESTS_FILE))
+    document["sha256"][_SETTINGS_FILE] = hashlib.sha256(settings).hexdigest()
+    return {_SETTINGS_FILE: settings, _DIGESTS_FILE: json.dumps(document).encode()}
 
 
 def _read_archive(path: Path) -> tuple[str, str]:

@@ -1,9 +1,11 @@
 #!/bin/sh
-# Starts stock TorchServe inside the serving image, on every archive in the model store or on those that are named.
+# Starts TorchServe inside the serving image, on every archive in the model store or on those that are named.
 #
 #   entrypoint.sh [ARCHIVE...]       names of files in /models, with or without .mar
 #
 # TORCHPORT_METRICS_ADDRESS, for example http://0.0.0.0:8082, opens the metrics to Prometheus in another container.
+# TORCHPORT_SCHEDULING is continuous (every request reaches the model at once), or batches, TorchServe's own way.
+# TORCHPORT_DRAIN_SECONDS is how long requests in flight are answered after SIGTERM.
 set -eu
 
 home=/opt/torchport
@@ -18,6 +20,15 @@ case ${TORCHPORT_METRICS_ADDRESS:-} in
     "" | http://*:[0-9]*) ;;
     *) fail "TORCHPORT_METRICS_ADDRESS is '$TORCHPORT_METRICS_ADDRESS'; write it like http://0.0.0.0:8082" ;;
 esac
+scheduling=${TORCHPORT_SCHEDULING:-continuous}
+case $scheduling in
+    continuous | batches) ;;
+    *) fail "TORCHPORT_SCHEDULING is '$scheduling'; choose continuous or batches" ;;
+esac
+case ${TORCHPORT_DRAIN_SECONDS:-0} in
+    *[!0-9]*) fail "TORCHPORT_DRAIN_SECONDS is '$TORCHPORT_DRAIN_SECONDS'; write whole seconds" ;;
+esac
+[ -n "${TORCHPORT_DRAIN_SECONDS:-}" ] || unset TORCHPORT_DRAIN_SECONDS
 [ -r "$store" ] && [ -x "$store" ] ||
     fail "$store cannot be read by uid $(id -u); give others the right to read and enter the mounted folder"
 if [ $# -eq 0 ]; then
@@ -41,13 +52,6 @@ models=$(IFS=,; echo "$*")
 # TorchServe writes key_file.json into its working folder. What an earlier start left must not look like this one's.
 [ -w . ] || fail "$PWD cannot be written by uid $(id -u); with --read-only, mount a tmpfs there: --tmpfs $PWD"
 rm -f key_file.json
-{
-    cat "$home/config.properties"
-    echo "metrics_config=$home/metrics.yaml"
-    echo "model_store=$store"
-    echo "load_models=$models"
-    [ -z "${TORCHPORT_METRICS_ADDRESS:-}" ] || echo "metrics_address=$TORCHPORT_METRICS_ADDRESS"
-} >config.properties
 
 # Emptied at every start: after `docker restart` it holds the last run's unpacked archives, and a process id that may
 # by now be somebody else's.
@@ -56,11 +60,27 @@ export TMPDIR=/tmp/torchport TEMP=/tmp/torchport
 rm -rf "$TMPDIR"
 mkdir -m 0700 "$TMPDIR"
 
-torchserve --start --foreground --no-config-snapshots --model-store "$store" --ts-config config.properties \
+python3 "$home/container.py" install
+served=$store
+if [ "$scheduling" = continuous ]; then
+    served=$TMPDIR/model_store
+    mkdir "$served"
+    (cd "$store" && exec python3 "$home/container.py" continuous "$served" "$@") || exit
+fi
+{
+    cat "$home/config.properties"
+    echo "metrics_config=$home/metrics.yaml"
+    echo "model_store=$served"
+    echo "load_models=$models"
+    [ -z "${TORCHPORT_METRICS_ADDRESS:-}" ] || echo "metrics_address=$TORCHPORT_METRICS_ADDRESS"
+} >config.properties
+
+torchserve --start --foreground --no-config-snapshots --model-store "$served" --ts-config config.properties \
     --log-config "$home/log4j2.xml" &
 launcher=$!
 
-# The launcher would die of the signal at once, and the container with it; Java stops its workers first.
+# The launcher would die of the signal at once, and the container with it; Java answers what is in flight, and stops its
+# workers, first.
 stopping=
 stop() {
     stopping=yes

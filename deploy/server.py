@@ -31,6 +31,10 @@ from export.archive import Archive
 # How requests reach the model.
 CONTINUOUS, BATCHES = SCHEDULING = ("continuous", "batches")
 
+# How long a server that stops answers what is in flight: somewhat less than the 30 s after which Kubernetes kills.
+DRAIN_S = 25.0
+DRAIN_VARIABLE = "TORCHPORT_DRAIN_SECONDS"
+
 # Ctrl-C, a service manager, a closed terminal.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,6 +60,10 @@ class TorchServe:
         workers: Workers a model; None takes each archive's own number.
         scheduling: ``continuous`` where that is possible, or ``batches``, TorchServe's own way.
         echo: Where TorchServe's log lines go, besides its log file; None for nowhere.
+        drain_s: How long it answers what is in flight when it is stopped; what is left then gets 503.
+
+    Raises:
+        ArchiveError: If an archive was replaced after it was verified.
     """
 
     def __init__(
@@ -67,15 +75,24 @@ class TorchServe:
         workers: int | None = None,
         scheduling: str = CONTINUOUS,
         echo: IO[str] | None = None,
+        drain_s: float = DRAIN_S,
     ) -> None:
         self._archives = archives
         self._ports = ports
         self._host = host
         self._workers = workers
+        # Why models that should be served continuously are not.
+        self._obstacles = {
+            archive.name: reason
+            for archive in archives
+            if scheduling == CONTINUOUS and (reason := continuous.obstacle(archive)) is not None
+        }
         self._continuous = {
-            archive.name for archive in archives if scheduling == CONTINUOUS and continuous.is_possible(archive)
+            archive.name for archive in archives if scheduling == CONTINUOUS and archive.name not in self._obstacles
         }
         self._echo = echo
+        self._drain_s = drain_s
+        self._drains = False
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -150,8 +167,8 @@ class TorchServe:
             archive.copy(models[archive.name])
             if archive.name in self._continuous:
                 continuous.make_continuous(models[archive.name], in_flight=continuous.in_flight(self._workers or 1))
-        self._taken.callback(continuous.install, self.state.folder, wanted=False)
-        continuous.install(self.state.folder, wanted=bool(self._continuous))
+        self._taken.callback(continuous.remove, self.state.folder)
+        self._drains = continuous.install(self.state.folder, continuous=bool(self._continuous))
         config = self.state.folder / "config.properties"
         properties = server_properties(
             self._ports,
@@ -167,6 +184,8 @@ class TorchServe:
                 f"{config} cannot be written ({error.strerror}); name another folder with {STATE_VARIABLE}"
             ) from error
         log = self._taken.enter_context(self.log_file.open("w", encoding="utf-8"))
+        for name, reason in self._obstacles.items():
+            self._copy_to_logs(f"{name} is served in batches: {reason}\n", log)
         # TorchServe reads TS_CONFIG_FILE before --ts-config, and other settings from variables like it.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
         self._process = subprocess.Popen(
@@ -181,6 +200,7 @@ class TorchServe:
                 # The launcher keeps its process id in the one, Java its sockets and extracted archives in the other.
                 "TMPDIR": str(temporary),
                 "TEMP": str(temporary),
+                DRAIN_VARIABLE: str(self._drain_s),
             },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -195,16 +215,18 @@ class TorchServe:
 
     def _read_log(self, stream: IO[str], log: IO[str]) -> None:
         """Copy the log, and remember what matters to somebody who waits."""
-        copies = [log] if self._echo is None else [log, self._echo]
         with stream:
             for line in stream:
                 self._tail.append(line.rstrip())
                 if self._refusal is None and (_REFUSED in line or any(word in line for word in _FATAL)):
                     self._refusal = line.partition(_REFUSED)[2].strip() or line.strip()
-                for copy in copies:
-                    # A full disk, a closed terminal: reading goes on, or TorchServe would stand still at its next line.
-                    with contextlib.suppress(OSError, ValueError):
-                        print(line, end="", file=copy, flush=True)
+                self._copy_to_logs(line, log)
+
+    def _copy_to_logs(self, line: str, log: IO[str]) -> None:
+        for copy in [log] if self._echo is None else [log, self._echo]:
+            # A full disk, a closed terminal: reading goes on, or TorchServe would stand still at its next line.
+            with contextlib.suppress(OSError, ValueError):
+                print(line, end="", file=copy, flush=True)
 
     def wait_until_ready(self, timeout_s: float, *, interrupts: Sequence[int] = ()) -> None:
         """Wait until every worker of every model is READY.
@@ -299,14 +321,15 @@ class TorchServe:
         return None
 
     def stop(self) -> None:
-        """Stop TorchServe: the frontend first, which stops its workers; then whatever is left, by process id.
+        """Stop TorchServe: the frontend, which answers what is in flight and stops its workers; then whatever is left.
 
         Another Ctrl-C, or SIGTERM, while it waits for them ends them at once.
         """
         with noted_signals() as hurry, self._taken:
             if self._process is None:
                 return
-            self._end(psutil.Process.terminate, timeout_s=_STOP_TIMEOUT_S, hurry=hurry)
+            patience_s = _STOP_TIMEOUT_S + (self._drain_s if self._drains else 0)
+            self._end(psutil.Process.terminate, timeout_s=patience_s, hurry=hurry)
             self._end(psutil.Process.kill, timeout_s=_KILL_TIMEOUT_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_KILL_TIMEOUT_S)

@@ -1,6 +1,7 @@
 package org.pytorch.serve.wlm;
 
 import java.lang.reflect.Field;
+import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.ConcurrentHashMap;
@@ -35,6 +36,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
     private static final int CHECKED_EVERY_S = 1;
     // Milliseconds that a request has waited here; deadlines count from when it came.
     private static final String QUEUED_HEADER = "torchport-queued-ms";
+    private static final String STREAM_NEXT_HEADER = "ts_stream_next";
 
     private final Map<String, Job> held = new ConcurrentHashMap<>();
     private final Semaphore room;
@@ -49,15 +51,13 @@ public class AsyncBatchAggregator extends BatchAggregator {
     /** Waits for the next request, and takes those that have arrived with it. */
     @Override
     public BaseModelRequest getRequest(String workerId, WorkerState state) throws InterruptedException {
-        jobs.clear();
-        if (model.pollMgmtJob(workerId, state == WorkerState.WORKER_MODEL_LOADED ? 0 : Long.MAX_VALUE, jobs)) {
-            Job job = jobs.values().iterator().next();
-            jobs.clear();
-            String gpu = job.getPayload().getStringParameter("gpu");
-            return new ModelLoadModelRequest(model, gpu == null ? -1 : Integer.parseInt(gpu));
-        }
+        Job load = loadJob(workerId);
         if (state != WorkerState.WORKER_MODEL_LOADED) {
-            throw new InterruptedException("The worker has not loaded its model");
+            if (load == null) {
+                throw new InterruptedException("The worker has not loaded its model");
+            }
+            String gpu = load.getPayload().getStringParameter("gpu");
+            return new ModelLoadModelRequest(model, gpu == null ? -1 : Integer.parseInt(gpu));
         }
         ModelInferenceRequest request = new ModelInferenceRequest(model.getModelName());
         Job first = firstJob();
@@ -83,6 +83,22 @@ public class AsyncBatchAggregator extends BatchAggregator {
             add(job, request);
         }
         return request;
+    }
+
+    /**
+     * The worker's job to load its model, if there is one.
+     *
+     * <p>Each start of a worker adds one. A worker that ended before it took its own leaves it to its successor, which
+     * must not get both: the second would reach it when it has loaded and expects requests only.
+     */
+    private Job loadJob(String workerId) throws InterruptedException {
+        Job last = null;
+        jobs.clear();
+        while (model.pollMgmtJob(workerId, 0, jobs)) {
+            last = jobs.values().iterator().next();
+            jobs.clear();
+        }
+        return last;
     }
 
     /**
@@ -211,13 +227,19 @@ public class AsyncBatchAggregator extends BatchAggregator {
 
     /** One client that is gone must not keep others from their answers. */
     private static void answer(Job job, Predictions prediction) {
+        Map<String, String> headers = prediction.getHeaders();
+        if (job.getCmd() == WorkerCommands.STREAMPREDICT) {
+            // Of gRPC. The one answer is the whole stream; without this its client would wait for more for ever.
+            headers = headers == null ? new HashMap<>() : new HashMap<>(headers);
+            headers.put(STREAM_NEXT_HEADER, "false");
+        }
         try {
             job.response(
                     prediction.getResp(),
                     prediction.getContentType(),
                     prediction.getStatusCode(),
                     prediction.getReasonPhrase(),
-                    prediction.getHeaders());
+                    headers);
         } catch (RuntimeException error) {
             logger.warn("Cannot answer {}", job.getJobId(), error);
         }

@@ -1,15 +1,21 @@
 import hashlib
 import json
+import shlex
 import threading
 import zipfile
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from deploy import container
 from deploy.container import ArchiveFaultError, NotReadyError, check_archives, check_ready, main
+from deploy.continuous import CLASSES, in_flight, make_continuous
 
+ROOT = Path(__file__).resolve().parents[2]
 PAST, FUTURE = "2001-01-01T00:00:00.123456789Z", "2999-01-01T00:00:00.123456789Z"
 
 
@@ -227,3 +233,88 @@ def test_only_the_manifest_of_an_archive_that_was_packed_by_hand_has_no_digest(t
         archive.writestr("sitecustomize.py", "")
     with pytest.raises(ArchiveFaultError, match=r"sitecustomize\.py differs from its digest"):
         check_archives([path])
+
+
+CONFIG = "minWorkers: 1\nmaxWorkers: {workers}\nbatchSize: 32\ntorchport:\n  threads: 2\n"
+
+
+def served(path, *, workers=1, config=CONFIG, **files):
+    own = {"handlers/continuous.py": b"", "model-config.yaml": config.format(workers=workers).encode(), **files}
+    return write_archive(path, **own)
+
+
+def contents(path):
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+def test_the_copy_is_the_one_that_torchport_serve_makes(tmp_path, capsys, workers):
+    path = served(tmp_path / "digits.mar", workers=workers)
+    before = path.read_bytes()
+    (tmp_path / "store").mkdir()
+    assert main(["continuous", str(tmp_path / "store"), str(path)]) == 0
+    copy = tmp_path / "store" / "digits.mar"
+    check_archives([copy])
+    assert path.read_bytes() == before
+    make_continuous(path, in_flight=in_flight(workers))
+    ours, torchports = contents(copy), contents(path)
+    assert yaml.safe_load(ours["model-config.yaml"])["asyncCommunication"] is True
+    assert json.loads(ours.pop("digests.json")) == json.loads(torchports.pop("digests.json"))
+    assert ours == torchports
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("path_and_files", "reason"),
+    [
+        (write_archive, "no continuous worker"),
+        (lambda path: served(path, config=CONFIG + "useJobTicket: true\n"), "sets useJobTicket"),
+    ],
+)
+def test_what_cannot_be_served_continuously_is_copied_as_it_is(tmp_path, capsys, path_and_files, reason):
+    path = path_and_files(tmp_path / "digits.mar")
+    (tmp_path / "store").mkdir()
+    assert main(["continuous", str(tmp_path / "store"), str(path)]) == 0
+    assert (tmp_path / "store" / "digits.mar").read_bytes() == path.read_bytes()
+    message = capsys.readouterr().err
+    assert "digits.mar is served in batches" in message
+    assert reason in message
+
+
+def test_a_folder_that_is_full_or_missing_is_one_line(tmp_path, capsys):
+    path = served(tmp_path / "digits.mar")
+    assert main(["continuous", str(tmp_path / "missing"), str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("torchport: ")
+    assert message.count("\n") == 1
+
+
+def test_the_classes_replace_what_an_earlier_start_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(container, "_CLASSES", tmp_path / "classes")
+    (tmp_path / "classes/org/serve").mkdir(parents=True)
+    (tmp_path / "classes/org/serve/New.class").write_bytes(b"new")
+    folder = tmp_path / "working"
+    (folder / "org/serve").mkdir(parents=True)
+    (folder / "org/serve/Old.class").write_bytes(b"old")
+    monkeypatch.chdir(folder)
+    assert main(["install"]) == 0
+    assert [path.name for path in folder.rglob("*.class")] == ["New.class"]
+
+
+def test_the_image_has_each_class_where_java_looks_for_it():
+    words = shlex.split((ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " "), comments=True)
+    places: dict[str, str] = {}
+    sources: list[str] = []
+    for word in words:
+        if word.startswith("deploy/aggregator/"):
+            sources.append(word)
+        elif sources:
+            places |= {f"{word}{PurePosixPath(source).name}": source for source in sources}
+            sources = []
+    assert sorted(places) == sorted(f"/opt/torchport/classes/{name}" for name in CLASSES)
+
+
+def test_the_image_has_the_release_that_the_classes_are_made_for():
+    assert "torchserve==0.12.0" in (ROOT / "constraints.txt").read_text(encoding="utf-8").split()

@@ -18,15 +18,24 @@ import pytest
 import yaml
 
 import deploy
-from deploy.continuous import IN_FLIGHT, install, is_possible, make_continuous
+from deploy.continuous import (
+    CLASSES,
+    IN_FLIGHT,
+    install,
+    is_known_release,
+    is_possible,
+    make_continuous,
+    obstacle,
+    remove,
+)
 from deploy.errors import StartError
 from export.archive import CONFIG_FILE, Archive, ArchiveFiles, open_archive, write_archive
 from export.staging import PACK_FILE, write_staging
-from handlers.digests import DIGESTS_FILE, verify_folder
+from handlers.digests import DIGESTS_FILE, sha256, verify_folder
 from handlers.errors import DigestError
 from handlers.settings import WorkerSettings
 
-CLASS = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
+BY_SCHEDULING = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
 SOURCES = Path(deploy.__file__).parent / "aggregator"
 JAR = Path(str(find_spec("ts").submodule_search_locations[0])) / "frontend" / "model-server.jar"  # type: ignore[union-attr, index]
 CONFIG = b"minWorkers: 2\nmaxWorkers: 2\nbatchSize: 16\nmaxBatchDelay: 5\ntorchport:\n  threads: 3\n"
@@ -151,23 +160,51 @@ class TestIsPossible:
         older = {name: digest for name, digest in digits.digests.items() if name != "handlers/continuous.py"}
         assert not is_possible(replace(digits, digests=older))
 
-    def test_with_the_stock_class_alone(self, digits: Archive, package: Path) -> None:
+    @pytest.fixture
+    def stock(self) -> dict[str, bytes]:
+        """The classes that ours take the place of."""
         with zipfile.ZipFile(JAR) as source:
-            stock = source.read(CLASS)
-        with zipfile.ZipFile(package / "model-server.jar", "w") as jar:
-            jar.writestr(CLASS, stock)
-        assert is_possible(digits)
+            return {name: source.read(name) for name in CLASSES if name in source.namelist()}
 
-    @pytest.mark.parametrize("content", [None, {}, {CLASS: b"another release's"}, b"no zip", {CLASS: b""}])
-    def test_not_with_another_class(self, digits: Archive, package: Path, content: Any) -> None:
-        path = package / "model-server.jar"
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        elif content is not None:
-            with zipfile.ZipFile(path, "w") as jar:
-                for name, data in content.items():
-                    jar.writestr(name, data)
-        assert not is_possible(digits)
+    def test_ours_take_the_place_of_three(self, stock: dict[str, bytes]) -> None:
+        assert set(CLASSES) - set(stock) == {"org/pytorch/serve/Exchanges.class"}
+
+    def test_with_the_stock_classes_alone(self, package: Path, stock: dict[str, bytes]) -> None:
+        with zipfile.ZipFile(package / "model-server.jar", "w") as jar:
+            for name, content in stock.items():
+                jar.writestr(name, content)
+        assert is_known_release()
+
+    @pytest.mark.parametrize("other", [name for name in CLASSES if "Exchanges" not in name])
+    @pytest.mark.parametrize("content", [None, b"another release's", b""])
+    def test_not_where_one_class_is_another(
+        self, package: Path, stock: dict[str, bytes], other: str, content: bytes | None
+    ) -> None:
+        with zipfile.ZipFile(package / "model-server.jar", "w") as jar:
+            for name, own in stock.items():
+                if name != other:
+                    jar.writestr(name, own)
+                elif content is not None:
+                    jar.writestr(name, content)
+        assert not is_known_release()
+
+    @pytest.mark.parametrize("content", [None, b"no zip"])
+    def test_not_without_a_frontend(self, digits: Archive, package: Path, content: bytes | None) -> None:
+        if content is not None:
+            (package / "model-server.jar").write_bytes(content)
+        assert "0.12.0" in str(obstacle(digits))
+
+    @pytest.mark.parametrize("way", ["useJobTicket", "continuousBatching", "sequenceBatching"])
+    def test_not_with_another_way_to_hand_out_requests(self, tmp_path: Path, way: str) -> None:
+        for value, possible in ((b"true", False), (b"false", True)):
+            config = CONFIG + way.encode() + b": " + value
+            path = tmp_path / "digits.mar"
+            with zipfile.ZipFile(path, "w") as target:
+                target.writestr(CONFIG_FILE, config)
+            digests = {CONFIG_FILE: sha256([config]), "handlers/continuous.py": sha256([b""])}
+            archive = Archive(path=path, name="digits", version="1.0", sha256="", digests=digests)
+            assert is_possible(archive) == possible
+            assert possible or obstacle(archive) == f"its model-config.yaml sets {way}"
 
     @pytest.mark.parametrize("package", [None, SimpleNamespace(submodule_search_locations=None)])
     def test_not_without_torchserve(self, digits: Archive, monkeypatch: pytest.MonkeyPatch, package: Any) -> None:
@@ -176,23 +213,34 @@ class TestIsPossible:
 
 
 class TestInstall:
-    def test_the_class_lies_where_java_looks_first(self, tmp_path: Path) -> None:
-        install(tmp_path, wanted=True)
-        assert (tmp_path / CLASS).read_bytes() == (SOURCES / "AsyncBatchAggregator.class").read_bytes()
-        install(tmp_path, wanted=True)
-        assert (tmp_path / CLASS).is_file()
+    def test_the_classes_lie_where_java_looks_first(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            assert install(tmp_path, continuous=True)
+            for name in CLASSES:
+                assert (tmp_path / name).read_bytes() == (SOURCES / Path(name).name).read_bytes()
 
-    def test_it_is_taken_away_where_nobody_wants_it(self, tmp_path: Path) -> None:
+    def test_batches_get_those_for_the_stop(self, tmp_path: Path) -> None:
+        install(tmp_path, continuous=True)
+        assert install(tmp_path, continuous=False)
+        assert [(tmp_path / name).exists() for name in CLASSES] == [name != BY_SCHEDULING for name in CLASSES]
+
+    def test_they_are_taken_away(self, tmp_path: Path) -> None:
         (tmp_path / "torchserve.log").write_text("kept")
-        install(tmp_path, wanted=False)
-        install(tmp_path, wanted=True)
-        install(tmp_path, wanted=False)
+        remove(tmp_path)
+        install(tmp_path, continuous=True)
+        remove(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["torchserve.log"]
+
+    def test_another_release_gets_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        install(tmp_path, continuous=True)
+        monkeypatch.setattr("deploy.continuous.is_known_release", lambda: False)
+        assert not install(tmp_path, continuous=False)
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(self, tmp_path: Path) -> None:
         (tmp_path / "org").write_text("in the way")
-        with pytest.raises(StartError, match=r"AsyncBatchAggregator\.class cannot be written .*--scheduling batches"):
-            install(tmp_path, wanted=True)
+        with pytest.raises(StartError, match=r"\.class cannot be written .*remove what is in the way"):
+            install(tmp_path, continuous=True)
 
 
 def javac() -> str | None:
@@ -200,19 +248,18 @@ def javac() -> str | None:
 
 
 @pytest.mark.skipif(javac() is None, reason="javac, which makes the class of its source, is not installed")
-def test_the_committed_class_is_what_its_source_gives(tmp_path: Path) -> None:
+def test_the_committed_classes_are_what_their_sources_give(tmp_path: Path) -> None:
     """By a compiler of Java 17; another one may number constants otherwise."""
     version = subprocess.run([str(javac()), "-version"], capture_output=True, text=True, check=True).stdout.split()[1]
     if version.partition(".")[0] != "17":
-        pytest.skip(f"the class was made by javac 17, and this is {version}")
-    source = SOURCES / "AsyncBatchAggregator.java"
+        pytest.skip(f"the classes were made by javac 17, and this is {version}")
     options = ["--release", "17", "-g:none", "-cp", str(JAR), "-d", str(tmp_path)]
-    subprocess.run([str(javac()), *options, str(source)], check=True)
-    made = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path.relative_to(tmp_path).as_posix() for path in made] == [CLASS]
-    assert made[0].read_bytes() == (SOURCES / "AsyncBatchAggregator.class").read_bytes()
+    subprocess.run([str(javac()), *options, *map(str, SOURCES.glob("*.java"))], check=True)
+    made = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.class")}
+    assert made == {name: (SOURCES / Path(name).name).read_bytes() for name in CLASSES}
 
 
-def test_the_class_is_of_a_java_that_serving_allows() -> None:
-    content = (SOURCES / "AsyncBatchAggregator.class").read_bytes()
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_classes_are_of_a_java_that_serving_allows(name: str) -> None:
+    content = (SOURCES / Path(name).name).read_bytes()
     assert int.from_bytes(content[6:8], "big") == 61  # Java 17's

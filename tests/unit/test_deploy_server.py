@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from deploy.continuous import CLASSES
 from deploy.errors import DeployError, PortError, StartError, StateError
 from deploy.ports import Ports
 from deploy.server import TorchServe
@@ -216,7 +217,7 @@ def test_what_ignores_the_request_to_stop_is_killed_with_its_children(
 ) -> None:
     monkeypatch.setattr("deploy.server._STOP_TIMEOUT_S", 0.3)
     behave("stubborn")
-    with scene.server() as server:
+    with scene.server(drain_s=0) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
         assert all(map(is_alive, scene.pids(2)))
     scene.assert_nothing_is_left()
@@ -227,7 +228,7 @@ def test_a_worker_that_outlives_the_frontend_is_ended(
 ) -> None:
     monkeypatch.setattr("deploy.server._STOP_TIMEOUT_S", 0.3)
     behave("leaves a worker")
-    with scene.server() as server:
+    with scene.server(drain_s=0) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
         scene.pids(2)
     scene.assert_nothing_is_left()
@@ -285,7 +286,10 @@ def test_the_log_is_kept_and_echoed(scene: Scene) -> None:
     echo = io.StringIO()
     with scene.server(echo=echo) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
-    assert echo.getvalue() == server.log_file.read_text(encoding="utf-8") == "serving\n"
+    assert echo.getvalue() == server.log_file.read_text(encoding="utf-8")
+    why, said = echo.getvalue().splitlines()
+    assert why == "digits is served in batches: the archive has no continuous worker; export it again"
+    assert said == "serving"
 
 
 def test_a_closed_terminal_does_not_stop_the_log(scene: Scene, behave: Behave, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +297,7 @@ def test_a_closed_terminal_does_not_stop_the_log(scene: Scene, behave: Behave, m
     behave("leaves a worker")  # which prints a second line
     echo = io.StringIO()
     echo.close()
-    with scene.server(echo=echo) as server:
+    with scene.server(echo=echo, drain_s=0) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
         deadline = time.monotonic() + READY_TIMEOUT_S
         while len(server.log_file.read_text(encoding="utf-8").splitlines()) < 2:
@@ -369,19 +373,19 @@ def test_a_server_that_was_not_started_says_so(scene: Scene) -> None:
     assert not scene.state.exists()
 
 
-CLASS = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
+BY_SCHEDULING = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
 
 
 @pytest.mark.parametrize(("scheduling", "possible"), [("continuous", True), ("continuous", False), ("batches", True)])
 def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, scheduling: str, possible: bool
 ) -> None:
-    monkeypatch.setattr("deploy.continuous.is_possible", lambda archive: possible)
+    monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None if possible else "of a test")
     monkeypatch.setattr(
         "deploy.continuous.make_continuous", lambda path, *, in_flight: path.write_bytes(b"a continuous one")
     )
     wanted = possible and scheduling == "continuous"
-    left = scene.server().state.folder / CLASS
+    left = scene.server().state.folder / BY_SCHEDULING
     left.parent.mkdir(parents=True)
     left.write_bytes(b"what a server that was killed left")
     with scene.server(scheduling=scheduling) as server:
@@ -389,13 +393,38 @@ def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
         loaded = Path(scene.seen()["config"]["model_store"]) / "digits.mar"
         assert loaded.read_bytes() == (b"a continuous one" if wanted else b"an archive")
         assert left.exists() == wanted
-        assert not wanted or left.read_bytes().startswith(b"\xca\xfe\xba\xbe")
+        for name in CLASSES:  # the others are for the stop, in either way
+            if wanted or name != BY_SCHEDULING:
+                assert (server.state.folder / name).read_bytes().startswith(b"\xca\xfe\xba\xbe")
+        explained = "digits is served in batches: of a test" in server.log_file.read_text(encoding="utf-8")
+        assert explained == (not possible)
     assert not (server.state.folder / "org").exists()
     assert scene.archive.path.read_bytes() == b"an archive"
     scene.assert_nothing_is_left()
 
 
 def test_it_is_continuous_where_nobody_says_otherwise(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.continuous.is_possible", lambda archive: True)
+    monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None)
     assert scene.server()._continuous == {"digits"}
     assert scene.server(scheduling="batches")._continuous == set()
+
+
+def test_the_frontend_learns_how_long_it_may_answer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHPORT_DRAIN_SECONDS", "somebody else's")
+    with scene.server(drain_s=7) as server:
+        server.wait_until_ready(READY_TIMEOUT_S)
+    assert scene.seen()["environment"]["TORCHPORT_DRAIN_SECONDS"] == "7"
+
+
+@pytest.mark.parametrize(("known", "at_least_s"), [(True, 1.5), (False, 0)])
+def test_it_is_killed_when_the_time_for_answers_and_for_the_stop_is_over(
+    scene: Scene, behave: Behave, monkeypatch: pytest.MonkeyPatch, known: bool, at_least_s: float
+) -> None:
+    monkeypatch.setattr("deploy.server._STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("deploy.continuous.is_known_release", lambda: known)
+    behave("stubborn")
+    with scene.server(drain_s=1.5 if known else 600) as server:
+        server.wait_until_ready(READY_TIMEOUT_S)
+        began = time.monotonic()
+    assert at_least_s < time.monotonic() - began < 60
+    scene.assert_nothing_is_left()
