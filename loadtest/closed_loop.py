@@ -23,6 +23,7 @@ from loadtest.compare_answers import Expected, judge_answer
 from loadtest.compare_http import AnswerReader, HttpAnswer, MalformedAnswerError
 from loadtest.files import write_atomically
 from loadtest.histogram import Histogram
+from loadtest.payloads import Payload
 
 _RECEIVE_BYTES = 1 << 16
 # How often silent connections are looked at, and between attempts to connect to a server that refuses.
@@ -40,7 +41,7 @@ class LoadJob:
         port: Its port.
         path: Where it answers.
         headers: Headers of every request beside the usual ones.
-        bodies: JSON bodies; which comes next is drawn from them.
+        bodies: Requests; which comes next is drawn from them.
         expected: For each body, what a right answer to it says.
         users: Requests in flight.
         warm_up_s: Seconds of load that are not counted.
@@ -53,7 +54,7 @@ class LoadJob:
     port: int
     path: str
     headers: dict[str, str]
-    bodies: tuple[str, ...]
+    bodies: tuple[Payload, ...]
     expected: tuple[Expected, ...]
     users: int
     warm_up_s: float
@@ -63,7 +64,7 @@ class LoadJob:
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON-serialisable values."""
-        return asdict(self)
+        return {**asdict(self), "bodies": [body.to_json() for body in self.bodies]}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Self:
@@ -71,30 +72,30 @@ class LoadJob:
         return cls(
             **{
                 **document,
-                "bodies": tuple(document["bodies"]),
+                "bodies": tuple(Payload.from_json(body) for body in document["bodies"]),
                 "expected": tuple(Expected.from_json(each) for each in document["expected"]),
             }
         )
 
-    def request(self, body: str) -> bytes:
+    def request(self, body: Payload) -> bytes:
         """The bytes of one request."""
-        content = body.encode()
         headers = {
             "Host": f"{self.host}:{self.port}",
-            "Content-Type": "application/json",
-            "Content-Length": str(len(content)),
+            "Content-Type": body.content_type,
+            "Content-Length": str(len(body.body)),
             **self.headers,
         }
         lines = [f"POST {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + content
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body.body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRecord:
-    """What the client saw in the measured window.
+    """What the client saw: in the measured window, unless it says otherwise.
 
     Attributes:
-        right: Right answers that arrived in it.
+        sent: Requests that were sent and answered, or failed, from the first connection to the last.
+        right: Right answers that arrived in the window.
         failed: Requests that failed in it.
         duration_s: Its length.
         cpu_share: What of one core the client used.
@@ -103,6 +104,7 @@ class LoadRecord:
         faults: Number and first example of the failures by kind.
     """
 
+    sent: int
     right: int
     failed: int
     duration_s: float
@@ -119,6 +121,7 @@ class LoadRecord:
     def to_json(self) -> dict[str, Any]:
         """The record as JSON-serialisable values."""
         return {
+            "sent": self.sent,
             "right": self.right,
             "failed": self.failed,
             "duration_s": self.duration_s,
@@ -288,6 +291,7 @@ class ClosedLoop:
             if sent_s >= start_s:
                 latency.record(done_s - sent_s)
         return LoadRecord(
+            sent=len(self._finished),
             right=right,
             failed=sum(count for count, _ in faults.values()),
             duration_s=end_s - start_s,

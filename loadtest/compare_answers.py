@@ -35,6 +35,7 @@ class Expected:
         Args:
             prediction: One sample's answer by the handlers.
         """
+        (prediction,) = prediction.get("predictions", [prediction])
         if "top_k" not in prediction:
             return cls(outputs=prediction["outputs"])
         least = prediction["probability"] - LABEL_MARGIN
@@ -67,8 +68,8 @@ def judge_answer(status: int, body: bytes, expected: Expected) -> Fault | None:
 
 
 def _only_prediction(document: Any) -> dict[str, Any]:
-    """The one prediction of ``{"predictions": [p]}`` or, from BentoML, ``[p]``."""
-    predictions = document["predictions"] if isinstance(document, dict) else document
+    """The one prediction of ``{"predictions": [p]}``, of ``p`` itself or, from BentoML, ``[p]``."""
+    predictions = document.get("predictions", [document]) if isinstance(document, dict) else document
     (prediction,) = predictions
     return dict(prediction)
 

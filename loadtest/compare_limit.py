@@ -1,7 +1,8 @@
 """The limit: the same artifact on the same threads in this process, with no server, no HTTP and no JSON.
 
-Two of them. In arrival order, batches of 32 padded to their longest, is what a server that batches as requests come can
-reach. Grouped by length, all requests sorted first, is what nobody can pass with this artifact.
+Two of decoded samples. In arrival order, batches of 32 padded to their longest, is what a server that batches as
+requests come can reach. Grouped by length, all requests sorted first, is what nobody can pass with this artifact. And
+those of whole requests, decoding and encoding included: see `compare_whole.py`.
 
 `python -m loadtest.compare_limit JOB RECORD` runs it in a process of its own: torch's threads are set once a process.
 """
@@ -18,11 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from handlers.allocator import keep_freed_memory
 from handlers.decoder import Decoded
 from loadtest.compare_answers import Expected
 from loadtest.compare_load import own_environment
+from loadtest.compare_plan import usable_cores
+from loadtest.compare_requests import is_file
+from loadtest.compare_whole import Whole, measure_whole
 from loadtest.errors import RunError
 from loadtest.files import write_atomically
+from loadtest.payloads import Payload
 from loadtest.peers.model import PeerModel
 from loadtest.peers.settings import MAX_BATCH, PeerSettings
 
@@ -40,31 +46,33 @@ class Limit:
     Attributes:
         arrival_per_s: Samples per second, batches in arrival order, padded.
         grouped_per_s: Samples per second, batches of samples of like size.
+        whole: Of whole requests.
         expected: For each body, what a right answer says.
     """
 
     arrival_per_s: float
     grouped_per_s: float
+    whole: Whole
     expected: tuple[Expected, ...]
 
 
-def measure_limit(folder: Path, bodies: Sequence[str], *, threads: int, duration_s: float, seed: int) -> Limit:
+def measure_limit(folder: Path, bodies: Sequence[Payload], *, threads: int, duration_s: float, seed: int) -> Limit:
     """Measures an artifact in a process of its own, and asks for its answers.
 
     Args:
         folder: The extracted archive.
-        bodies: JSON bodies of one sample each.
+        bodies: Requests of one sample each, all of one kind.
         threads: Of one batch.
-        duration_s: Seconds for both orders together, which take turns.
+        duration_s: Seconds: half for both orders, which take turns, half for whole requests.
         seed: Decides the order of arrival.
 
     Raises:
         RunError: It fails, or takes far longer.
     """
-    document = {"folder": str(folder), "bodies": list(bodies), "threads": threads, "duration_s": duration_s}
+    document = {"folder": str(folder), "bodies": [body.to_json() for body in bodies], "threads": threads}
     with tempfile.TemporaryDirectory(prefix="torchport-limit-") as work:
         job, record = Path(work) / "job.json", Path(work) / "record.json"
-        job.write_text(json.dumps({**document, "seed": seed}), encoding="utf-8")
+        job.write_text(json.dumps({**document, "duration_s": duration_s, "seed": seed}), encoding="utf-8")
         environment = {**own_environment(), "OMP_NUM_THREADS": str(threads)}
         try:
             done = subprocess.run(
@@ -89,23 +97,33 @@ def measure_limit(folder: Path, bodies: Sequence[str], *, threads: int, duration
     return Limit(
         arrival_per_s=found["arrival"],
         grouped_per_s=found["grouped"],
+        whole=Whole.from_json(found["whole"]),
         expected=tuple(Expected.of(answer) for answer in found["answers"]),
     )
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Answers every body, then times both orders in turn."""
+    """Answers every body, then times both orders in turn, then whole requests."""
+    keep_freed_memory()  # as torchport's workers do
     model = PeerModel.load(PeerSettings(folder=Path(job["folder"]), port=0, threads=job["threads"]))
-    requests = [model.decode(json.loads(body)) for body in job["bodies"]]
-    answers = [model.predict([request])[0]["predictions"][0] for request in requests]
+    bodies = [Payload.from_json(body) for body in job["bodies"]]
+
+    def read(body: bytes) -> Decoded:
+        return model.decode_file(body) if files else model.decode(json.loads(body))
+
+    files = is_file(bodies[0])
+    requests = [read(body.body) for body in bodies]
+    answers = [model.predict([request])[0] for request in requests]
     dice = random.Random(job["seed"])
-    queue = [requests[dice.randrange(len(requests))] for _ in range(_QUEUE)]
+    drawn = [dice.randrange(len(requests)) for _ in range(_QUEUE)]
+    queue = [requests[i] for i in drawn]
+    duration_s = job["duration_s"] / 2
     batches = {"arrival": _cut(queue), "grouped": _cut(sorted(queue, key=_size))}
     times: dict[str, list[list[float]]] = {order: [[] for _ in batches[order]] for order in _ORDERS}
     start_s = time.perf_counter()
     turn = 0
     # A few batches of one order, then as many of the other: what else the machine does hits both alike.
-    while turn == 0 or time.perf_counter() - start_s < job["duration_s"]:
+    while turn == 0 or time.perf_counter() - start_s < duration_s:
         for order in _ORDERS:
             # A stride over the whole queue, so that a pass that is cut short has seen short and long batches.
             for number in range(turn % _STRIDE, len(batches[order]), _STRIDE):
@@ -113,7 +131,15 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
                 model.predict(batches[order][number])
                 times[order][number].append(time.perf_counter() - began_s)
         turn += 1
-    return {"answers": answers, **{order: _rate(batches[order], times[order]) for order in _ORDERS}}
+    whole = measure_whole(
+        model,
+        read,
+        [bodies[i].body for i in drawn],
+        lanes=max(1, len(usable_cores()) // job["threads"]),
+        duration_s=duration_s,
+    )
+    rates = {order: _rate(batches[order], times[order]) for order in _ORDERS}
+    return {"answers": answers, "whole": whole.to_json(), **rates}
 
 
 def _rate(batches: Sequence[Sequence[Decoded]], times: Sequence[Sequence[float]]) -> float:

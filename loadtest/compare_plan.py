@@ -27,7 +27,7 @@ class ComparePlan:
         duration_s: Measured seconds a system, number of users and round.
         warm_up_s: Load before that, not counted: connections, caches and adaptive batching settle.
         rounds: How often every system takes its turn.
-        threads: Threads of one batch in the peers and in the limit. torchport takes what its archive says.
+        threads: Threads of one batch, in all systems and in the limit.
         cores: Cores for all of it, client included; None for all that this process may use.
         seed: Decides the generated requests and the order in which requests are sent.
         timeout_s: A request without an answer after this long has failed.

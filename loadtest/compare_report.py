@@ -1,12 +1,14 @@
 """Writes what a comparison found: a page for people, JSON for machines."""
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from loadtest.compare_breakdown import break_down
 from loadtest.compare_plots import plot_latency, plot_throughput, ranked
 from loadtest.compare_result import Comparison
 from loadtest.errors import LoadTestError
@@ -63,6 +65,7 @@ def render_comparison(comparison: Comparison) -> str:
         lstrip_blocks=True,
     )
     environment.filters["ms"] = format_ms
+    environment.filters["median"] = statistics.median
     sections = [
         {
             "users": users,
@@ -70,6 +73,7 @@ def render_comparison(comparison: Comparison) -> str:
             # The plots are our own markup; everything else on the page is escaped.
             "throughput": Markup(plot_throughput(comparison, users)),
             "latency": Markup(plot_latency(comparison, users)),
+            "breakdown": break_down(comparison, users),
         }
         for users in sorted(comparison.plan.users, reverse=True)
     ]

@@ -1,10 +1,9 @@
-"""The requests of a comparison: one list of JSON bodies that every system gets byte for byte.
+"""The requests of a comparison: one list of bodies that every system gets byte for byte.
 
-All are KServe's ``{"instances": [sample]}``, the one form that torchport and all peers read without a detour: a text,
-an object of tensors, or ``{"b64": …}`` for an image.
+Images are sent as files, ``image/jpeg`` or ``image/png``. Everything else is KServe's ``{"instances": [sample]}``, the
+one form of JSON that torchport and all peers read without a detour: a text, or an object of tensors.
 """
 
-import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,12 @@ from handlers.signature import IMAGE_CLASSIFICATION, TENSOR, TEXT_CLASSIFICATION
 from handlers.tensors import Array, TensorSpec
 from loadtest.errors import PayloadError, PlanError
 from loadtest.payloads import Payload, read_files, read_golden_samples
+from loadtest.pictures import QUALITY, generate_pictures
 
 GENERATED = 256
+GENERATED_PICTURES = 64
+_JSON = "application/json"
+_LARGEST_PICTURE = 4096
 # Fewer samples where they are large: every client holds all of them.
 _MOST_VALUES = 2_000_000
 _LEAST_SAMPLES = 8
@@ -33,8 +36,9 @@ def read_bodies(
     inputs: Sequence[Path] = (),
     texts: Path | None = None,
     lengths: tuple[int, int] | None = None,
+    pictures: tuple[int, int] | None = None,
     seed: int = 0,
-) -> tuple[list[str], str]:
+) -> tuple[list[Payload], str]:
     """The bodies, and in words where they come from.
 
     Args:
@@ -43,30 +47,41 @@ def read_bodies(
         inputs: Files to send, one sample each.
         texts: A file of texts, one a line.
         lengths: Bounds of the dynamic axes of generated tensors, both included.
-        seed: Of generated tensors.
+        pictures: Width and height of generated photographs, in pixels.
+        seed: Of generated tensors and photographs.
 
     Raises:
         PlanError: The options do not fit together, or not to the model.
         PayloadError: A file cannot be read, or holds no one sample.
     """
-    if sum([bool(inputs), texts is not None, lengths is not None]) > 1:
-        raise PlanError("give only one of --input, --texts and --lengths")
+    if sum([bool(inputs), texts is not None, lengths is not None, pictures is not None]) > 1:
+        raise PlanError("give only one of --input, --texts, --lengths and --pictures")
     if texts is not None:
         _need_task(signature, TEXT_CLASSIFICATION, "--texts")
-        samples: list[Any] = _read_texts(texts)
-        source = f"{len(samples)} texts of {texts.name}"
+        bodies = [_instance(text) for text in _read_texts(texts)]
+        source = f"{len(bodies)} texts of {texts.name}"
+    elif pictures is not None:
+        _need_task(signature, IMAGE_CLASSIFICATION, "--pictures")
+        bodies, source = _generate_pictures(*pictures, seed)
     elif inputs:
-        samples = [_sample(payload, signature, str(path)) for path in inputs for payload in read_files([path])]
-        source = f"{len(samples)} files"
+        bodies = [_body(payload, signature, str(path)) for path in inputs for payload in read_files([path])]
+        source = f"{len(bodies)} files"
     elif signature.task == TENSOR:
-        samples = generate_tensors(signature, lengths=lengths, seed=seed)
-        source = f"{len(samples)} random samples, seed {seed}{_bounds(signature, lengths)}"
+        bodies = [_instance(sample) for sample in generate_tensors(signature, lengths=lengths, seed=seed)]
+        source = f"{len(bodies)} random samples, seed {seed}{_bounds(signature, lengths)}"
     else:
         if lengths is not None:
             _need_task(signature, TENSOR, "--lengths")
-        samples = [_sample(payload, signature, str(archive)) for payload in read_golden_samples(archive)]
-        source = f"{len(samples)} golden samples of {archive.name}"
-    return [json.dumps({"instances": [sample]}, separators=(",", ":")) for sample in samples], source
+        bodies = [_body(payload, signature, str(archive)) for payload in read_golden_samples(archive)]
+        source = f"{len(bodies)} golden samples of {archive.name}"
+    if len({is_file(body) for body in bodies}) > 1:  # a peer is told once what it gets
+        raise PlanError("some inputs are JSON and some are images: give files of one kind")
+    return bodies, source
+
+
+def is_file(body: Payload) -> bool:
+    """Whether a request is a file as it is, and not JSON."""
+    return body.content_type != _JSON
 
 
 def generate_tensors(
@@ -111,6 +126,31 @@ def parse_lengths(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def parse_pictures(text: str) -> tuple[int, int]:
+    """Reads ``--pictures``: width and height with an x between them.
+
+    Raises:
+        PlanError: It is something else, or too large to be drawn.
+    """
+    width, cross, height = text.partition("x")
+    good = cross and width.isdigit() and height.isdigit()
+    if not (good and all(1 <= int(word) <= _LARGEST_PICTURE for word in (width, height))):
+        raise PlanError(
+            f"--pictures {text!r}: give width and height in pixels, at most {_LARGEST_PICTURE} each, like 224x224"
+        )
+    return int(width), int(height)
+
+
+def _generate_pictures(width: int, height: int, seed: int) -> tuple[list[Payload], str]:
+    files = generate_pictures(GENERATED_PICTURES, height=height, width=width, seed=seed)
+    sizes = sorted(len(data) for data in files)
+    source = (
+        f"{len(files)} generated JPEG photographs, {width} x {height}, quality {QUALITY}, seed {seed}, "
+        f"{sizes[0] / 1e3:.1f} to {sizes[-1] / 1e3:.1f} kB"
+    )
+    return [Payload(body=data, content_type="image/jpeg") for data in files], source
+
+
 def _random(spec: TensorSpec, sizes: dict[str, int], dice: np.random.Generator) -> Array:
     shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape[1:]]
     if spec.dtype == "bool":
@@ -150,15 +190,20 @@ def _read_texts(path: Path) -> list[Any]:
     return list(texts)
 
 
-def _sample(payload: Payload, signature: Signature, where: str) -> Any:
-    """The one sample of a request in any of the forms that torchport takes."""
-    if payload.content_type == "application/json":
-        return _json_sample(payload.body, signature, where)
+def _instance(sample: Any) -> Payload:
+    body = json.dumps({"instances": [sample]}, separators=(",", ":")).encode()
+    return Payload(body=body, content_type=_JSON)
+
+
+def _body(payload: Payload, signature: Signature, where: str) -> Payload:
+    """The request of one sample, which may come in any of the forms that torchport takes."""
+    if payload.content_type == _JSON:
+        return _instance(_json_sample(payload.body, signature, where))
     if signature.task == IMAGE_CLASSIFICATION:
-        return {"b64": base64.b64encode(payload.body).decode("ascii")}
+        return payload
     if signature.task == TEXT_CLASSIFICATION:
         try:
-            return payload.body.decode()
+            return _instance(payload.body.decode())
         except UnicodeDecodeError as error:
             raise PayloadError(f"{where} is not UTF-8 (byte {error.start}); give a text") from error
     raise PayloadError(f"{where} is no JSON, which this model of tensors takes alone; give .json files")

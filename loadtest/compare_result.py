@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +10,7 @@ from loadtest.closed_loop import LoadRecord
 from loadtest.compare_limit import Limit
 from loadtest.compare_plan import ComparePlan
 from loadtest.compare_systems import TORCHPORT, System
+from loadtest.compare_whole import Whole
 from loadtest.histogram import Histogram
 
 FORMAT_VERSION = 1
@@ -24,12 +25,16 @@ class Visit:
         users: Requests in flight.
         round: Number of the round, from 0.
         record: What the client saw.
+        cpu_ms: CPU milliseconds of the server a request, by the name of the process.
+        stages_ms: Milliseconds a request in each stage of torchport's workers; empty for others.
     """
 
     system: str
     users: int
     round: int
     record: LoadRecord
+    cpu_ms: dict[str, float] = field(default_factory=dict)
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,11 @@ class Cell:
         stall_s: The longest that the client stood still in any round.
         torchport_ratio: Median over the rounds of torchport's rate over this one's; None without a torchport.
         of_limit: Median over the rounds of this rate over the limit in arrival order of the artifact it serves.
+        of_one: The same over the limit of whole requests, decoding and encoding included, one batch after the other.
+        of_all: The same over that of whole requests on all cores.
+        added_ms: Median over the rounds of the median latency less that of a request alone in process; None for more
+            than one request in flight.
+        cpu_ms: Median over the rounds of the server's CPU milliseconds a request.
         faults: Number and first example by kind.
     """
 
@@ -62,6 +72,10 @@ class Cell:
     stall_s: float
     torchport_ratio: float | None
     of_limit: float | None
+    of_one: float | None
+    of_all: float | None
+    added_ms: float | None
+    cpu_ms: float
     faults: dict[str, tuple[int, str]]
 
 
@@ -78,6 +92,7 @@ class Comparison:
         archives: What torchport and the peers served.
         requests: Where the requests came from.
         bodies: How many different ones there are.
+        files: Whether they are files as they are, instead of JSON.
         cores: What was done about cores, in words.
         measured_at: When it ended.
         command: What repeats it.
@@ -93,6 +108,7 @@ class Comparison:
     archives: tuple[dict[str, Any], dict[str, Any]]
     requests: str
     bodies: int
+    files: bool
     cores: str
     measured_at: datetime
     command: str
@@ -112,9 +128,17 @@ class Comparison:
         limit = self.limits[number][ours]
         return limit.grouped_per_s if grouped else limit.arrival_per_s
 
+    def whole(self, *, ours: bool) -> list[Whole]:
+        """The limits of whole requests, of each round."""
+        return [limits[ours].whole for limits in self.limits]
+
+    def visits_of(self, system: str, users: int) -> list[Visit]:
+        """A system's turns at a number of users."""
+        return [visit for visit in self.visits if visit.system == system and visit.users == users]
+
     def records(self, system: str, users: int) -> dict[int, LoadRecord]:
         """What the client saw of a system, by round."""
-        return {v.round: v.record for v in self.visits if v.system == system and v.users == users}
+        return {visit.round: visit.record for visit in self.visits_of(system, users)}
 
     def cell(self, system: str, users: int) -> Cell | None:
         """A system at a number of users; None when it was never measured there."""
@@ -132,6 +156,7 @@ class Comparison:
         failed = sum(record.failed for record in records.values())
         p50_ms, p99_ms = merged.percentiles_ms([50, 99], failed=failed)
         ours = self.records(TORCHPORT, users)
+        whole = self.whole(ours=system == TORCHPORT)
         return Cell(
             rps=statistics.median(rates),
             lowest_rps=min(rates),
@@ -146,6 +171,10 @@ class Comparison:
                 records, lambda number: ours[number].throughput_rps if number in ours else None, inverse=True
             ),
             of_limit=_median_ratio(records, lambda number: self._limit(number, system == TORCHPORT, False)),
+            of_one=_median_ratio(records, lambda number: whole[number].one_per_s),
+            of_all=_median_ratio(records, lambda number: whole[number].all_per_s),
+            added_ms=_median_added(records, whole) if users == 1 else None,
+            cpu_ms=statistics.median(sum(visit.cpu_ms.values()) for visit in self.visits_of(system, users)),
             faults=faults,
         )
 
@@ -181,7 +210,7 @@ class Comparison:
             "systems": {
                 system.name: {
                     "title": system.title,
-                    "batching": system.batching,
+                    "batching": system.describe(files=self.files),
                     "failure": self.failures.get(system.name),
                     "users": {
                         str(users): asdict(cell)
@@ -196,6 +225,13 @@ class Comparison:
                 "reference_grouped": self.limit(ours=False, grouped=True),
                 "archive_arrival": self.limit(ours=True, grouped=False),
                 "archive_grouped": self.limit(ours=True, grouped=True),
+                **{
+                    f"{whose}_{way}": statistics.median(
+                        getattr(whole, f"{way}_per_s") for whole in self.whole(ours=ours)
+                    )
+                    for whose, ours in (("reference", False), ("archive", True))
+                    for way in ("one", "all")
+                },
             },
             "requests": self.requests,
             "bodies": self.bodies,
@@ -208,15 +244,26 @@ class Comparison:
         }
         if whole:
             document["rounds"] = [
-                {"system": visit.system, "users": visit.users, "round": visit.round, **visit.record.to_json()}
+                {
+                    "system": visit.system,
+                    "users": visit.users,
+                    "round": visit.round,
+                    "cpu_ms": visit.cpu_ms,
+                    "stages_ms": visit.stages_ms,
+                    **visit.record.to_json(),
+                }
                 for visit in self.visits
             ]
             document["limit_rounds"] = [
                 {
-                    "reference": {"arrival_per_s": theirs.arrival_per_s, "grouped_per_s": theirs.grouped_per_s},
-                    "archive": {"arrival_per_s": ours.arrival_per_s, "grouped_per_s": ours.grouped_per_s},
+                    whose: {
+                        "arrival_per_s": limit.arrival_per_s,
+                        "grouped_per_s": limit.grouped_per_s,
+                        "whole": limit.whole.to_json(),
+                    }
+                    for whose, limit in zip(("reference", "archive"), limits, strict=True)
                 }
-                for theirs, ours in self.limits
+                for limits in self.limits
             ]
         return document
 
@@ -231,6 +278,16 @@ def _median_ratio(
         if base and rate:
             ratios.append(base / rate if inverse else rate / base)
     return statistics.median(ratios) if ratios else None
+
+
+def _median_added(records: dict[int, LoadRecord], whole: Sequence[Whole]) -> float | None:
+    """The median over the rounds of what a lone request's median takes longer than in process, in milliseconds."""
+    added = []
+    for number, record in records.items():
+        (p50_ms,) = record.latency.percentiles_ms([50], failed=record.failed)
+        if p50_ms is not None:
+            added.append(p50_ms - whole[number].alone_ms)
+    return statistics.median(added) if added else None
 
 
 def _faults_of(cell: Cell, system: System, users: int, plan: ComparePlan) -> list[str]:

@@ -17,11 +17,14 @@ from loadtest.compare_errors import SystemStartError
 from loadtest.compare_limit import Limit, measure_limit
 from loadtest.compare_load import send_load
 from loadtest.compare_plan import ComparePlan, usable_cores
+from loadtest.compare_requests import is_file
 from loadtest.compare_result import Comparison, Visit
 from loadtest.compare_server import Model, serving
+from loadtest.compare_stages import look, look_settled
 from loadtest.compare_systems import TORCHPORT, System
 from loadtest.errors import RunError
 from loadtest.machine import describe_hardware
+from loadtest.payloads import Payload
 
 OnStep = Callable[[str, int], None]
 """Called with what happens next, and how many steps have been done since the last call."""
@@ -46,7 +49,7 @@ class Run:
         plan: ComparePlan,
         archive: UnpackedArchive,
         reference: UnpackedArchive,
-        bodies: Sequence[str],
+        bodies: Sequence[Payload],
         *,
         environment: PeerEnvironment,
         on_step: OnStep,
@@ -55,6 +58,7 @@ class Run:
         self._archive = archive
         self._reference = reference
         self._bodies = tuple(bodies)
+        self._files = is_file(self._bodies[0])
         self._environment = environment
         self._on_step = on_step
         self._visits: list[Visit] = []
@@ -86,6 +90,7 @@ class Run:
             archives=(self._archive.describe(), self._reference.describe()),
             requests=requests,
             bodies=len(self._bodies),
+            files=self._files,
             cores=cores,
             measured_at=datetime.now(UTC),
             command=command,
@@ -129,10 +134,12 @@ class Run:
             name=self._archive.name,
             threads=plan.threads,
             body=self._bodies[0],
+            files=self._files,
             expected=expected[0],
         )
         try:
             with serving(system, model, self._environment.python if system.packages else None) as endpoint:
+                usage = look(endpoint.processes(), endpoint.metrics_url)
                 for users in plan.users:
                     self._on_step(f"{head}, {users} in flight", 0)
                     job = LoadJob(
@@ -140,7 +147,7 @@ class Run:
                         port=endpoint.port,
                         path=endpoint.path,
                         headers=endpoint.headers,
-                        bodies=self._bodies,
+                        bodies=tuple(system.envelope(body, files=self._files) for body in self._bodies),
                         expected=expected,
                         users=users,
                         warm_up_s=plan.warm_up_s,
@@ -153,8 +160,24 @@ class Run:
                         record = send_load(job)
                     except RunError as error:  # one turn; what the others have found, perhaps for hours, stays
                         self._lost.append(f"{system.title} at {users} in flight, round {number + 1}: {error}")
+                        usage = look(endpoint.processes(), endpoint.metrics_url)
                     else:
-                        self._visits.append(Visit(system=system.name, users=users, round=number, record=record))
+                        before, usage = (
+                            usage,
+                            look_settled(
+                                endpoint.processes(), endpoint.metrics_url, samples=usage.samples + record.sent
+                            ),
+                        )
+                        cpu_ms, stages_ms = usage.since(before, record.sent)
+                        visit = Visit(
+                            system=system.name,
+                            users=users,
+                            round=number,
+                            record=record,
+                            cpu_ms=cpu_ms,
+                            stages_ms=stages_ms,
+                        )
+                        self._visits.append(visit)
                     self._on_step("", 1)
         except SystemStartError as error:
             self._failures[system.name] = str(error)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from loadtest.compare_answers import Expected, judge_answer
 from loadtest.compare_errors import SystemStartError
 from loadtest.compare_load import own_environment
 from loadtest.compare_systems import System, serve_command
+from loadtest.payloads import Payload
 from loadtest.plan import prediction_path
 
 READY_TIMEOUT_S = 180.0
@@ -35,6 +36,8 @@ _PROBE_TIMEOUT_S = 10.0
 _TAIL_LINES = 5
 # Every process that a server starts inherits it, whatever session or group it makes itself a member of.
 _MARK = "TORCHPORT_COMPARE_SERVER"
+# Replaces what an archive says; see `handlers/settings.py`.
+_THREADS = "TORCHPORT_THREADS"
 # Nothing that a server does at a start may reach beyond this machine.
 _QUIET = {"DO_NOT_TRACK": "1", "BENTOML_DO_NOT_TRACK": "True", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -47,11 +50,19 @@ class Endpoint:
         port: On the loopback.
         path: Of predictions.
         headers: What a request needs beside the usual headers.
+        mark: What every process of the server has in its environment.
+        metrics_url: Of torchport's metrics; empty for others.
     """
 
     port: int
     path: str
     headers: dict[str, str]
+    mark: str = ""
+    metrics_url: str = ""
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the server's, now."""
+        return _family(self.mark)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +73,9 @@ class Model:
         archive: The `.mar` file, for torchport.
         folder: The extracted archive, for the peers.
         name: The model's name in the archive.
-        threads: Threads of one batch, for the peers.
+        threads: Threads of one batch.
         body: One request.
+        files: Whether requests are files as they are, instead of JSON.
         expected: What a right answer to it says.
     """
 
@@ -71,7 +83,8 @@ class Model:
     folder: Path
     name: str
     threads: int
-    body: str
+    body: Payload
+    files: bool
     expected: Expected
 
 
@@ -95,7 +108,9 @@ def serving(system: System, model: Model, python: Path | None) -> Iterator[Endpo
         port = _free_port()
         if system.module:
             interpreter = python or Path(sys.executable)
-            command = system.peer_command(interpreter, folder=model.folder, port=port, threads=model.threads)
+            command = system.peer_command(
+                interpreter, folder=model.folder, port=port, threads=model.threads, files=model.files
+            )
         else:
             command = serve_command(model.archive.absolute())
         with log.open("wb") as output:
@@ -109,7 +124,7 @@ def serving(system: System, model: Model, python: Path | None) -> Iterator[Endpo
                 start_new_session=True,  # Ctrl-C goes to us alone
             )
         try:
-            yield _wait_until_ready(system, model, process, port, work)
+            yield replace(_wait_until_ready(system, model, process, port, work), mark=mark)
         finally:
             end_family(process, mark)
     finally:
@@ -128,8 +143,9 @@ def _environment(system: System, work: Path, mark: str, threads: int) -> dict[st
         "BENTOML_HOME": str(work / "bentoml"),
         "TMPDIR": str(work),
         "TEMP": str(work),
-        # torch takes one thread a core in every new thread unless told otherwise. torchport tells its workers itself.
-        **({"OMP_NUM_THREADS": str(threads)} if system.module else {}),
+        # torch takes one thread a core in every new thread unless told otherwise. torchport tells its workers itself,
+        # and has its own word for how many.
+        ("OMP_NUM_THREADS" if system.module else _THREADS): str(threads),
     }
 
 
@@ -144,11 +160,12 @@ def _wait_until_ready(
             raise SystemStartError(f"{system.title} ended while starting: {_tail(work)}")
         endpoint = _endpoint(system, model, port, work)
         if endpoint is not None:
+            body = system.envelope(model.body, files=model.files)
             try:
                 answer = httpx.post(
                     f"http://{LOOPBACK}:{endpoint.port}{endpoint.path}",
-                    content=model.body.encode(),
-                    headers={"Content-Type": "application/json", **endpoint.headers},
+                    content=body.body,
+                    headers={"Content-Type": body.content_type, **endpoint.headers},
                     timeout=_PROBE_TIMEOUT_S,
                     trust_env=False,
                 )
@@ -179,6 +196,7 @@ def _endpoint(system: System, model: Model, port: int, work: Path) -> Endpoint |
         port=int(state.inference_url.rpartition(":")[2]),
         path=prediction_path(model.name),
         headers={"Authorization": f"Bearer {state.inference_token()}"},
+        metrics_url=state.metrics_url,
     )
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.errors import PlanError
+from loadtest.payloads import Payload
 
 TORCHPORT = "torchport"
+_BOUNDARY = "torchport-compare-5f1d0c7e9a"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +19,8 @@ class System:
         name: What options and results call it.
         title: What people call it.
         batching: How it makes batches, for the report.
+        decoding: Where it decodes what comes as a file, for the report.
+        form_field: The field of a multipart form that it takes files in; empty for a file as the whole body.
         path: Where it answers; empty for torchport, whose path has the model's name.
         module: Its server in `loadtest.peers`; empty for torchport.
         packages: What it needs from the peers' environment; nothing: it runs in torchport's own.
@@ -27,13 +31,36 @@ class System:
     name: str
     title: str
     batching: str
+    decoding: str = ""
+    form_field: str = ""
     path: str = "/predict"
     module: str = ""
     packages: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
 
-    def peer_command(self, python: Path, *, folder: Path, port: int, threads: int) -> list[str]:
+    def describe(self, *, files: bool) -> str:
+        """How it serves, in words.
+
+        Args:
+            files: Whether it gets files.
+        """
+        return f"{self.batching}; {self.decoding}" if files and self.decoding else self.batching
+
+    def envelope(self, body: Payload, *, files: bool) -> Payload:
+        """The body that it gets: the same bytes as all, in a form if it takes files in no other way."""
+        if not (files and self.form_field):
+            return body
+        head = (
+            f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{self.form_field}"; filename="image"\r\n'
+            f"Content-Type: {body.content_type}\r\n\r\n"
+        )
+        return Payload(
+            body=b"".join([head.encode(), body.body, f"\r\n--{_BOUNDARY}--\r\n".encode()]),
+            content_type=f"multipart/form-data; boundary={_BOUNDARY}",
+        )
+
+    def peer_command(self, python: Path, *, folder: Path, port: int, threads: int, files: bool) -> list[str]:
         """The command line of a peer.
 
         Args:
@@ -41,11 +68,12 @@ class System:
             folder: The extracted archive that it serves.
             port: Where it listens.
             threads: Threads of one batch.
+            files: Whether requests are files as they are, instead of JSON.
         """
         # -P: a folder such as models/ where the user stands must not be taken for ours.
         command = [str(python), "-P", "-m", f"loadtest.peers.{self.module}"]
         command += ["--folder", str(folder), "--port", str(port), "--threads", str(threads)]
-        return [*command, *self.options]
+        return [*command, *(["--files"] if files else []), *self.options]
 
 
 SYSTEMS = {
@@ -55,6 +83,7 @@ SYSTEMS = {
             name=TORCHPORT,
             title="torchport",
             batching="`torchport serve` with the archive as it is",
+            decoding="decoded by its worker, beside computing",
             path="",
             versions=("torchserve", "torch"),
         ),
@@ -62,6 +91,7 @@ SYSTEMS = {
             name="torchserve",
             title="TorchServe, stock",
             batching="plain handler, batches of 32 in arrival order, delay 10 ms, torchport's quiet log",
+            decoding="decoded in the handler, a batch at a time",
             path="/predictions/peer",
             module="peer_torchserve",
             options=("--quiet",),
@@ -71,6 +101,7 @@ SYSTEMS = {
             name="torchserve-defaults",
             title="TorchServe, defaults",
             batching="plain handler, batches of 32 in arrival order, delay 10 ms, its own log",
+            decoding="decoded in the handler, a batch at a time",
             path="/predictions/peer",
             module="peer_torchserve",
             versions=("torchserve",),
@@ -79,6 +110,7 @@ SYSTEMS = {
             name="litserve",
             title="LitServe",
             batching="one worker, batches of 32 in arrival order, timeout 10 ms, fast queue",
+            decoding="decoded in decode_request, by the worker before it computes a batch",
             module="peer_litserve",
             packages=("litserve",),
             versions=("litserve",),
@@ -87,6 +119,7 @@ SYSTEMS = {
             name="mosec",
             title="Mosec",
             batching="one worker, batches of 32 in arrival order, wait 10 ms",
+            decoding="decoded in a stage of its own with two processes, as in its ResNet example",
             path="/inference",
             module="peer_mosec",
             packages=("mosec",),
@@ -96,6 +129,8 @@ SYSTEMS = {
             name="bentoml",
             title="BentoML",
             batching="one worker, adaptive batches of at most 32 in arrival order",
+            decoding="files in a multipart form, which its batching needs; decoded by the worker, a batch at a time",
+            form_field="images",
             module="peer_bentoml",
             packages=("bentoml",),
             versions=("bentoml",),
@@ -104,6 +139,7 @@ SYSTEMS = {
             name="ray",
             title="Ray Serve",
             batching="one replica, batches of 32 in arrival order, wait 10 ms",
+            decoding="decoded in __call__, before a batch is made",
             module="peer_ray",
             packages=("ray[serve]",),
             versions=("ray",),
@@ -112,6 +148,7 @@ SYSTEMS = {
             name="fastapi",
             title="FastAPI",
             batching="no batches: a thread a request, on all cores",
+            decoding="decoded in the request's thread",
             module="peer_fastapi",
             packages=("fastapi", "uvicorn[standard]"),
             versions=("fastapi", "uvicorn"),

@@ -4,9 +4,10 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import litserve  # type: ignore[import-not-found,unused-ignore]  # in the peers' environment
+from fastapi import Body  # type: ignore[import-not-found,unused-ignore]
 
 from handlers.decoder import Decoded
 from loadtest.peers.model import PeerModel
@@ -15,16 +16,12 @@ from loadtest.peers.settings import HOST, MAX_BATCH, PeerSettings
 BATCH_TIMEOUT_S = 0.01
 
 
-class ModelApi(litserve.LitAPI):  # type: ignore[misc,unused-ignore]
-    """The model behind LitServe."""
+class Api(litserve.LitAPI):  # type: ignore[misc,unused-ignore]
+    """The model behind LitServe, whatever requests are."""
 
     def setup(self, device: str) -> None:
         """Loads the model in the worker."""
         self._model = PeerModel.load(PeerSettings.from_environment())
-
-    def decode_request(self, request: dict[str, Any]) -> Decoded:
-        """One request, read."""
-        return self._model.decode(request)
 
     def batch(self, inputs: list[Decoded]) -> list[Decoded]:
         """The requests as they are: the model pads them."""
@@ -43,8 +40,24 @@ class ModelApi(litserve.LitAPI):  # type: ignore[misc,unused-ignore]
         return output
 
 
+class ModelApi(Api):
+    """Takes requests of JSON."""
+
+    def decode_request(self, request: dict[str, Any]) -> Decoded:
+        """One request, read."""
+        return self._model.decode(request)
+
+
+class FileApi(Api):
+    """Takes images, whose bytes FastAPI hands over as they came: LitServe is built on it."""
+
+    def decode_request(self, request: Annotated[bytes, Body(media_type="image/jpeg")]) -> Decoded:
+        """One image, decoded."""
+        return self._model.decode_file(request)
+
+
 if __name__ == "__main__":
     SETTINGS = PeerSettings.from_arguments()
-    API = ModelApi(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
+    API = (FileApi if SETTINGS.files else ModelApi)(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
     SERVER = litserve.LitServer(API, accelerator="cpu", workers_per_device=1, fast_queue=True)
     SERVER.run(host=HOST, port=SETTINGS.port, log_level="warning", generate_client_file=False, num_api_servers=1)

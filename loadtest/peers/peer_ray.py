@@ -29,6 +29,7 @@ class Model:
 
     def __init__(self, settings: PeerSettings) -> None:
         self._model = PeerModel.load(settings)
+        self._files = settings.files
 
     @serve.batch(  # type: ignore[untyped-decorator,unused-ignore]
         max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S
@@ -38,7 +39,9 @@ class Model:
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """One request's answer."""
-        answer: dict[str, Any] = await self._predict(self._model.decode(await request.json()))
+        model = self._model
+        decoded = model.decode_file(await request.body()) if self._files else model.decode(await request.json())
+        answer: dict[str, Any] = await self._predict(decoded)
         return answer
 
 

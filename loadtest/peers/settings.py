@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -21,11 +21,13 @@ class PeerSettings:
         folder: The extracted archive whose model is served.
         port: Where to listen, on the loopback.
         threads: Threads that one batch may use.
+        files: Whether requests are files as they are, such as images, instead of JSON.
     """
 
     folder: Path
     port: int
     threads: int
+    files: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Sequence[str] | None = None) -> Self:
@@ -38,13 +40,13 @@ class PeerSettings:
         parser.add_argument("--folder", type=Path, required=True)
         parser.add_argument("--port", type=int, required=True)
         parser.add_argument("--threads", type=int, required=True)
+        parser.add_argument("--files", action="store_true")
         settings = cls(**vars(parser.parse_args(arguments)))
-        document = {"folder": str(settings.folder), "port": settings.port, "threads": settings.threads}
-        os.environ[VARIABLE] = json.dumps(document)
+        os.environ[VARIABLE] = json.dumps({**asdict(settings), "folder": str(settings.folder)})
         return settings
 
     @classmethod
     def from_environment(cls) -> Self:
         """Reads what the parent process left."""
         document = json.loads(os.environ[VARIABLE])
-        return cls(folder=Path(document["folder"]), port=document["port"], threads=document["threads"])
+        return cls(**{**document, "folder": Path(document["folder"])})

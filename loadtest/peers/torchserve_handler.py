@@ -15,13 +15,15 @@ class Handler:
 
     def initialize(self, context: Any) -> None:
         """Loads the model in the worker."""
-        self._model = model.PeerModel.load(settings.PeerSettings.from_environment())
+        given = settings.PeerSettings.from_environment()
+        self._model = model.PeerModel.load(given)
+        self._files = given.files
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[dict[str, Any]]:
         """A batch's replies."""
-        return self._model.predict([self._model.decode(_body(row)) for row in data])
+        return self._model.predict([self._decode(row.get("body") or row.get("data")) for row in data])
 
-
-def _body(row: Mapping[str, Any]) -> Any:
-    body = row.get("body") or row.get("data")
-    return json.loads(body) if isinstance(body, bytes | bytearray) else body
+    def _decode(self, body: Any) -> Any:
+        if self._files:
+            return self._model.decode_file(bytes(body))
+        return self._model.decode(json.loads(body) if isinstance(body, bytes | bytearray) else body)

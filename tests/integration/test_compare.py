@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+PICTURES = ("--pictures", "24x20")
 SHORT = ("--users", "1,4", "--duration", "1", "--warm-up", "0.5", "--rounds", "2")
 # Inherited by everything that the comparison starts.
 MARK = {"TORCHPORT_TEST_COMPARE": secrets.token_hex(16)}
@@ -23,7 +24,19 @@ def comparison(archives: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("compare")
     peers = ("--reference", str(archives["torchscript"]), "--peers", "torchserve,fastapi")
     done = subprocess.run(
-        [sys.executable, "-m", "torchport", "compare", str(archives["onnx"]), *peers, *SHORT, "--out", out, "--json"],
+        [
+            sys.executable,
+            "-m",
+            "torchport",
+            "compare",
+            str(archives["onnx"]),
+            *peers,
+            *PICTURES,
+            *SHORT,
+            "--out",
+            out,
+            "--json",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, **MARK},
@@ -62,9 +75,21 @@ def test_it_says_what_was_compared_with_what(comparison: dict[str, Any]) -> None
     assert (results["archive"]["format"], results["reference"]["format"]) == ("onnx", "torchscript")
     assert {"fastapi", "uvicorn", "torchserve", "torch"} <= set(results["versions"])
     assert all(value > 0 for value in results["limits_per_s"].values())
+    assert results["requests"].startswith("64 generated JPEG photographs, 24 x 20")
     page = Path(comparison["report"]).read_text(encoding="utf-8")
     assert "FastAPI" in page
     assert page.count("<svg") == 4
+
+
+def test_it_says_where_the_time_goes(comparison: dict[str, Any]) -> None:
+    results = json.loads(Path(comparison["results"]).read_bytes())
+    ours = [visit for visit in results["rounds"] if visit["system"] == "torchport"]
+    for visit in ours:
+        assert set(visit["stages_ms"]) == {"decode", "wait", "compute", "encode"}
+        assert visit["stages_ms"]["decode"] > 0
+        assert visit["cpu_ms"]["java"] > 0
+    assert all(sum(visit["cpu_ms"].values()) > 0 for visit in results["rounds"])
+    assert results["systems"]["fastapi"]["users"]["1"]["added_ms"] is not None
 
 
 def test_nothing_is_left_running(comparison: dict[str, Any]) -> None:

@@ -14,8 +14,12 @@ from loadtest.compare_answers import Expected
 from loadtest.compare_http import AnswerReader, MalformedAnswerError
 from loadtest.compare_load import send_load
 from loadtest.errors import RunError
+from loadtest.payloads import Payload
 
-BODIES = tuple(json.dumps({"instances": [text]}) for text in ("zero", "one", "two"))
+BODIES = tuple(
+    Payload(body=json.dumps({"instances": [text]}).encode(), content_type="application/json")
+    for text in ("zero", "one", "two")
+)
 EXPECTED = tuple(Expected(labels=(text,)) for text in ("zero", "one", "two"))
 
 
@@ -130,7 +134,9 @@ def test_it_keeps_so_many_requests_in_flight_and_counts_right_answers():
     assert record.stall_s > 0
     assert head.startswith(b"POST /predict HTTP/1.1\r\n")
     assert b"Authorization: Bearer secret\r\n" in head
-    assert body.decode() in BODIES
+    assert b"Content-Type: application/json\r\n" in head
+    assert body in [each.body for each in BODIES]
+    assert record.sent >= record.right
 
 
 def test_the_same_seed_sends_the_same_bodies_in_the_same_order():

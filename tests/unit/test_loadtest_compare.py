@@ -10,6 +10,7 @@ import pytest
 
 from loadtest.closed_loop import LoadRecord
 from loadtest.compare_archive import check_reference, unpack
+from loadtest.compare_breakdown import break_down
 from loadtest.compare_cli import command_of
 from loadtest.compare_limit import Limit, measure_limit
 from loadtest.compare_plan import ComparePlan, parse_users, usable_cores
@@ -17,8 +18,10 @@ from loadtest.compare_report import write_comparison
 from loadtest.compare_requests import read_bodies
 from loadtest.compare_result import Comparison, Visit
 from loadtest.compare_systems import DEFAULT_PEERS, PEERS, SYSTEMS, parse_peers
+from loadtest.compare_whole import Whole
 from loadtest.errors import LoadTestError, PayloadError, PlanError, RunError
 from loadtest.histogram import Histogram
+from loadtest.payloads import Payload
 
 MAR = Path("model_store/digits.mar")
 
@@ -72,11 +75,13 @@ class TestPlan:
         assert new_plan(peers=("torchserve", "ray")).packages == ("ray[serve]",)
 
     def test_the_command_repeats_it(self):
-        words = command_of(new_plan(peers=(), users=(2, 8), cores=1))
+        plan = new_plan(peers=(), users=(2, 8), cores=1)
+        words = command_of(plan, {"TORCHPORT_THREADS": "4"})
         assert " ".join(words) == (
             "torchport compare model_store/digits.mar --peers none --users 2,8 --duration 8 --warm-up 2 --rounds 5 "
             "--threads 1 --seed 0 --cores 1"
         )
+        assert command_of(plan, {"TORCHPORT_MAX_BATCH": "8"}) == ["TORCHPORT_MAX_BATCH=8", *words]
 
 
 def test_every_peer_has_a_server_and_its_packages_are_pinned():
@@ -99,6 +104,7 @@ def record(rps, *, latency_ms=10.0, failed=0, cpu=0.1, stall_s=0.05):
         latency.record(latency_ms / 1e3)
     faults = {"HTTP 503": (failed, "<script>full</script>")} if failed else {}
     return LoadRecord(
+        sent=rps * 2 + failed,
         right=rps * 2,
         failed=failed,
         duration_s=2.0,
@@ -109,12 +115,26 @@ def record(rps, *, latency_ms=10.0, failed=0, cpu=0.1, stall_s=0.05):
     )
 
 
+def new_whole(speed=1.0):
+    """150 and 250 requests/s times `speed`, 4 ms alone over `speed`."""
+    stages = {"decode": 1.5, "stack": 0.25, "compute": 2.0, "encode": 0.25}
+    return Whole(
+        alone_ms=4.0 / speed,
+        one_per_s=150.0 * speed,
+        one_batch=8,
+        all_per_s=250.0 * speed,
+        all_batch=1,
+        lanes=2,
+        stages_ms={size: {name: value / speed for name, value in stages.items()} for size in (1, 8, 32)},
+    )
+
+
 def new_comparison(visits, *, plan=None, failures=None):
     plan = plan or new_plan(peers=("mosec",), users=(8,), rounds=3)
     limits = [
         (
-            Limit(arrival_per_s=200.0 + 100 * n, grouped_per_s=500.0, expected=()),
-            Limit(arrival_per_s=400.0, grouped_per_s=800.0, expected=()),
+            Limit(arrival_per_s=200.0 + 100 * n, grouped_per_s=500.0, whole=new_whole(), expected=()),
+            Limit(arrival_per_s=400.0, grouped_per_s=800.0, whole=new_whole(2.0), expected=()),
         )
         for n in range(plan.rounds)
     ]
@@ -128,6 +148,7 @@ def new_comparison(visits, *, plan=None, failures=None):
         archives=({**archive, "threads": 1}, {**archive, "threads": 1}),
         requests="3 golden samples",
         bodies=3,
+        files=True,
         cores="not bound",
         measured_at=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
         command="torchport compare digits.mar",
@@ -136,9 +157,16 @@ def new_comparison(visits, *, plan=None, failures=None):
     )
 
 
-def visits(**rates):
+def visits(*, users=8, **rates):
     return [
-        Visit(system=name, users=8, round=number, record=each if isinstance(each, LoadRecord) else record(each))
+        Visit(
+            system=name,
+            users=users,
+            round=number,
+            record=each if isinstance(each, LoadRecord) else record(each),
+            cpu_ms={"java": 0.5, "python": 2.5 + number},
+            stages_ms={"decode": 1.0, "wait": 0.5, "compute": 4.0, "encode": 0.25} if name == "torchport" else {},
+        )
         for name, rounds in rates.items()
         for number, each in enumerate(rounds)
     ]
@@ -156,6 +184,11 @@ class TestResult:
         # Each against the limit of what it serves: 400 throughout; 200, 300 and 400.
         assert ours.of_limit == pytest.approx(0.75)
         assert theirs.of_limit == pytest.approx(0.5)
+        # Whole requests: 300 and 500 of torchport's artifact, 150 and 250 of the peers'.
+        assert (ours.of_one, ours.of_all) == (pytest.approx(1.0), pytest.approx(0.6))
+        assert (theirs.of_one, theirs.of_all) == (pytest.approx(100 / 150), pytest.approx(0.4))
+        assert ours.cpu_ms == 4.0  # 3, 4 and 5 in the three rounds
+        assert ours.added_ms is None
         assert comparison.limit(ours=False, grouped=False) == 300
         assert comparison.ok
 
@@ -164,6 +197,33 @@ class TestResult:
         cell = new_comparison(visits(torchport=[100, 100, slow])).cell("torchport", 8)
         assert cell.p50_ms == pytest.approx(10, rel=0.01)
         assert cell.p99_ms == pytest.approx(90, rel=0.01)
+
+    def test_alone_the_latency_is_held_against_that_in_process(self):
+        plan = new_plan(peers=("mosec",), users=(1,), rounds=3)
+        records = [record(100, latency_ms=latency_ms) for latency_ms in (9.0, 5.0, 6.0)]
+        comparison = new_comparison(visits(users=1, torchport=records, mosec=records), plan=plan)
+        # In process torchport's artifact takes 2 ms and the peers' 4.
+        assert comparison.cell("torchport", 1).added_ms == pytest.approx(4.0, abs=0.02)
+        assert comparison.cell("mosec", 1).added_ms == pytest.approx(2.0, abs=0.02)
+
+    def test_where_the_time_goes(self):
+        plan = new_plan(peers=(), users=(1, 8), rounds=3)
+        alone = visits(users=1, torchport=[record(100, latency_ms=7.0)] * 3)
+        found = break_down(new_comparison([*alone, *visits(torchport=[100] * 3)], plan=plan), 1)
+        assert [(row.in_process_ms, row.served_ms) for row in found.rows[:5]] == [
+            (0.75, 1.0),
+            (None, 0.5),
+            (0.125, None),
+            (1.0, 4.0),
+            (0.125, 0.25),
+        ]
+        rest, whole = found.rows[5:]
+        assert (rest.in_process_ms, rest.served_ms) == (None, pytest.approx(1.25, abs=0.02))
+        assert (whole.in_process_ms, whole.served_ms) == (2.0, pytest.approx(7.0, abs=0.02))
+        # The client: a tenth of a core for 100 requests a second.
+        assert found.cpu_ms == {"java": 0.5, "python": 3.5, "client": pytest.approx(1.0)}
+        assert found.batch == 1
+        assert break_down(new_comparison([], plan=plan), 1) is None
 
     def test_failed_requests_count_as_slowest_and_make_it_invalid(self):
         comparison = new_comparison(visits(torchport=[100, 100, record(100, failed=10)], mosec=[100] * 3))
@@ -208,11 +268,19 @@ class TestReport:
         for text in ("Mosec", "NOT ALL VALID", "Some CPU", "torchport compare digits.mar", "mosec 0.9.8"):
             assert text in page
         assert page.count("<svg") == 2
+        assert "decoded in a stage of its own" in page
+        assert "where torchport's time goes" in page
         document = json.loads(files.results.read_bytes())
         assert len(document["rounds"]) == 6
         found = LoadRecord.from_json(
-            {key: value for key, value in document["rounds"][0].items() if key not in ("system", "users", "round")}
+            {
+                key: value
+                for key, value in document["rounds"][0].items()
+                if key not in ("system", "users", "round", "cpu_ms", "stages_ms")
+            }
         )
+        assert document["limits_per_s"]["archive_all"] == 500
+        assert Whole.from_json(document["limit_rounds"][0]["archive"]["whole"]) == new_whole(2.0)
         assert found.throughput_rps == 300
         assert "rounds" not in comparison.to_json(whole=False)
 
@@ -264,6 +332,7 @@ class TestLimit:
         limit = measure_limit(extracted, bodies, threads=1, duration_s=0.2, seed=0)
         assert limit.arrival_per_s > 0
         assert limit.grouped_per_s > 0
+        assert limit.whole.lanes == len(usable_cores())
         golden = [
             sample["label"] for sample in json.loads((extracted / "golden" / "expected.json").read_text())["samples"]
         ]
@@ -271,4 +340,6 @@ class TestLimit:
 
     def test_a_folder_without_a_model_is_an_error(self, tmp_path):
         with pytest.raises(RunError, match=r"cannot be run in process: FileNotFoundError.*inspect --verify"):
-            measure_limit(tmp_path, ["{}"], threads=1, duration_s=0.1, seed=0)
+            measure_limit(
+                tmp_path, [Payload(body=b"{}", content_type="application/json")], threads=1, duration_s=0.1, seed=0
+            )

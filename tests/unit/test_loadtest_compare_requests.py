@@ -1,10 +1,11 @@
 """What is sent in a comparison, and what counts as a right answer."""
 
-import base64
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from handlers.decoder import build_decoder
 from handlers.request import Part
@@ -12,8 +13,9 @@ from handlers.signature import TENSOR, TEXT_CLASSIFICATION, Signature
 from handlers.tensors import Axis, TensorSpec
 from loadtest.answers import UNREADABLE_ANSWER, WRONG_ANSWER
 from loadtest.compare_answers import Expected, judge_answer
-from loadtest.compare_requests import generate_tensors, parse_lengths, read_bodies
+from loadtest.compare_requests import generate_tensors, is_file, parse_lengths, parse_pictures, read_bodies
 from loadtest.errors import PayloadError, PlanError
+from loadtest.pictures import generate_pictures
 
 IDS = TensorSpec(name="input_ids", dtype="int64", shape=("batch", "length"), minimum=5, maximum=9, padding=0)
 SCALE = TensorSpec(name="scale", dtype="float32", shape=("batch", "length", 2), padding=0)
@@ -26,7 +28,8 @@ TEXTS = Signature(task=TEXT_CLASSIFICATION, inputs=(IDS,), outputs=(LOGITS,), ax
 
 
 def samples(bodies):
-    documents = [json.loads(body) for body in bodies]
+    assert all(body.content_type == "application/json" for body in bodies)
+    documents = [json.loads(body.body) for body in bodies]
     assert all(set(document) == {"instances"} and len(document["instances"]) == 1 for document in documents)
     return [document["instances"][0] for document in documents]
 
@@ -37,7 +40,7 @@ class TestTensors:
         decoder = build_decoder(TENSORS, max_samples=1)
         lengths = set()
         for body in bodies:
-            decoded = decoder.decode([Part(value=body.encode(), content_type="application/json")])
+            decoded = decoder.decode([Part(value=body.body, content_type=body.content_type)])
             lengths.add(decoded.samples[0]["input_ids"].shape[0])
         assert min(lengths) == 2
         assert max(lengths) == 40
@@ -113,13 +116,47 @@ class TestTexts:
             read_bodies(TEXTS, tmp_path, lengths=(1, 2), texts=tmp_path / "t.txt")
 
 
-def test_images_become_base64_and_golden_samples_are_sent_by_default(signature, archive, picture, tmp_path):
-    (tmp_path / "a.png").write_bytes(picture("dark"))
-    bodies, _ = read_bodies(signature, archive, inputs=[tmp_path / "a.png"])
-    assert base64.b64decode(samples(bodies)[0]["b64"]) == picture("dark")
-    bodies, source = read_bodies(signature, archive)
-    assert len(bodies) >= 3
-    assert source == f"{len(bodies)} golden samples of {archive.name}"
+class TestImages:
+    def test_they_are_sent_as_they_are_and_golden_samples_by_default(self, signature, archive, picture, tmp_path):
+        (tmp_path / "a.png").write_bytes(picture("dark"))
+        (body,), _ = read_bodies(signature, archive, inputs=[tmp_path / "a.png"])
+        assert (body.body, body.content_type) == (picture("dark"), "image/png")
+        assert is_file(body)
+        bodies, source = read_bodies(signature, archive)
+        assert len(bodies) >= 3
+        assert source == f"{len(bodies)} golden samples of {archive.name}"
+
+    def test_photographs_can_be_generated(self, signature, archive):
+        bodies, source = read_bodies(signature, archive, pictures=(40, 30), seed=3)
+        assert {body.content_type for body in bodies} == {"image/jpeg"}
+        assert len({body.body for body in bodies}) == len(bodies) == 64
+        with Image.open(io.BytesIO(bodies[0].body)) as image:
+            assert (image.format, image.size) == ("JPEG", (40, 30))
+        assert source.startswith("64 generated JPEG photographs, 40 x 30, quality 90, seed 3, ")
+        assert read_bodies(signature, archive, pictures=(40, 30), seed=3)[0] == bodies
+        assert read_bodies(signature, archive, pictures=(40, 30), seed=4)[0] != bodies
+
+    def test_files_of_two_kinds_are_refused(self, signature, archive, picture, tmp_path):
+        (tmp_path / "a.png").write_bytes(picture("dark"))
+        (tmp_path / "b.json").write_text('{"instances": [{"b64": ""}]}')
+        with pytest.raises(PlanError, match="give files of one kind"):
+            read_bodies(signature, archive, inputs=[tmp_path / "a.png", tmp_path / "b.json"])
+
+    def test_other_models_take_no_photographs(self, tmp_path):
+        with pytest.raises(PlanError, match="--pictures is for models of image-classification"):
+            read_bodies(TEXTS, tmp_path, pictures=(8, 8))
+
+    @pytest.mark.parametrize("text", ["224", "0x4", "4x", "ax4", "5000x10", "-4x4"])
+    def test_sizes_that_are_none_are_refused(self, text):
+        with pytest.raises(PlanError, match="like 224x224"):
+            parse_pictures(text)
+
+    def test_sizes(self):
+        assert parse_pictures("320x240") == (320, 240)
+
+    def test_photographs_are_as_large_as_real_ones(self):
+        sizes = sorted(map(len, generate_pictures(24, height=224, width=224)))
+        assert 8_000 < sizes[0] < sizes[-1] < 30_000
 
 
 def prediction(*probabilities):
@@ -137,12 +174,13 @@ class TestAnswers:
         b = {"predictions": [{"label": "b"}]}
         assert self.judge({"predictions": [{"label": "a"}]}, clear) is None
         assert self.judge([{"label": "a"}], clear) is None  # BentoML's form
+        assert self.judge({"label": "a"}, clear) is None  # what a file is answered with
         assert self.judge(b, clear) == WRONG_ANSWER
         assert self.judge(b, close) is None
         assert self.judge({"predictions": [{"label": "c"}]}, close) == WRONG_ANSWER
 
     @pytest.mark.parametrize(
-        "document", [{}, [], {"predictions": []}, {"label": "a"}, [{"label": "a"}, {"label": "a"}], "a", 1, None]
+        "document", [{}, [], {"predictions": []}, {"error": {}}, [{"label": "a"}, {"label": "a"}], "a", 1, None]
     )
     def test_what_holds_no_one_prediction_is_unreadable(self, document):
         assert self.judge(document, Expected(labels=("a",))) == UNREADABLE_ANSWER

@@ -23,9 +23,12 @@ from loadtest.compare_limit import Limit
 from loadtest.compare_plan import ComparePlan, usable_cores
 from loadtest.compare_run import Run, bound_to_cores, ended_by_signals, steps_of
 from loadtest.compare_server import Endpoint, Model, serving
-from loadtest.compare_systems import System
+from loadtest.compare_systems import SYSTEMS, System
+from loadtest.compare_whole import Whole
 from loadtest.errors import RunError
 from loadtest.histogram import Histogram
+from loadtest.payloads import Payload
+from loadtest.peers.settings import VARIABLE, PeerSettings
 
 SERVER = textwrap.dedent(
     """
@@ -59,7 +62,7 @@ SERVER = textwrap.dedent(
 class FakeSystem(System):
     """A peer that is `SERVER`."""
 
-    def peer_command(self, python, *, folder, port, threads):
+    def peer_command(self, python, *, folder, port, threads, files):
         return [str(python), "-c", SERVER, str(port), self.options[0]]
 
 
@@ -74,7 +77,8 @@ def model(tmp_path):
         folder=tmp_path,
         name="none",
         threads=1,
-        body='{"instances": [1]}',
+        body=Payload(body=b'{"instances": [1]}', content_type="application/json"),
+        files=False,
         expected=Expected(labels=("a",)),
     )
 
@@ -192,7 +196,20 @@ class TestEnvironment:
 class TestRounds:
     """Two rounds of Mosec at 1 and 8 in flight, with everything that starts a process replaced."""
 
-    LIMIT = Limit(arrival_per_s=100.0, grouped_per_s=200.0, expected=(Expected(),))
+    LIMIT = Limit(
+        arrival_per_s=100.0,
+        grouped_per_s=200.0,
+        whole=Whole(
+            alone_ms=5.0,
+            one_per_s=80.0,
+            one_batch=8,
+            all_per_s=160.0,
+            all_batch=8,
+            lanes=2,
+            stages_ms={size: dict.fromkeys(("decode", "stack", "compute", "encode"), 1.0) for size in (1, 8, 32)},
+        ),
+        expected=(Expected(),),
+    )
     PLAN = ComparePlan(archive=Path("a"), reference=Path("a"), peers=("mosec",), users=(1, 8), rounds=2)
 
     @pytest.fixture
@@ -208,7 +225,7 @@ class TestRounds:
                 self.PLAN,
                 archive,
                 archive,
-                ["{}"],
+                [Payload(body=b"{}", content_type="application/json")],
                 environment=environment,
                 on_step=lambda text, done: steps.append(done),
             )
@@ -228,7 +245,14 @@ class TestRounds:
         latency = Histogram()
         latency.record(0.01)
         return LoadRecord(
-            right=job.users, failed=0, duration_s=1.0, cpu_share=0.1, stall_s=0.1, latency=latency, faults={}
+            sent=job.users,
+            right=job.users,
+            failed=0,
+            duration_s=1.0,
+            cpu_share=0.1,
+            stall_s=0.1,
+            latency=latency,
+            faults={},
         )
 
     def test_a_system_that_fails_once_is_not_tried_again(self, measure):
@@ -279,3 +303,21 @@ class TestRounds:
 
         with pytest.raises(RunError, match="cannot be run"):
             measure(self.serve, self.send, fail)
+
+
+def test_threads_reach_torchport_and_peers_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHPORT_THREADS", "7")
+    monkeypatch.setenv("TORCHPORT_MAX_BATCH", "8")
+    ours = compare_server._environment(SYSTEMS["torchport"], tmp_path, "mark", 2)
+    assert (ours["TORCHPORT_THREADS"], ours["TORCHPORT_MAX_BATCH"]) == ("2", "8")
+    theirs = compare_server._environment(SYSTEMS["mosec"], tmp_path, "mark", 2)
+    assert theirs["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_peer_is_told_what_requests_are(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")  # is left to children, not to other tests
+    for files in (False, True):
+        command = SYSTEMS["mosec"].peer_command(Path("python"), folder=tmp_path, port=1, threads=2, files=files)
+        given = PeerSettings.from_arguments(command[command.index("--folder") :])
+        assert given == PeerSettings(folder=tmp_path, port=1, threads=2, files=files)
+        assert PeerSettings.from_environment() == given

@@ -1,0 +1,134 @@
+"""Images behind torchport and its peers: the model, its archives, and the comparison, in one command.
+
+    python tests/benchmarks/serving_images.py FOLDER [options of `torchport compare`]
+
+    python tests/benchmarks/serving_images.py /tmp/images --peers mosec,litserve --users 1,64 --rounds 5
+    python tests/benchmarks/serving_images.py /tmp/images --best --peers none --users 64
+
+The model is the convolutional classifier of `models/` with six stages (83 million multiply-adds, 3 to 6 ms an image of
+3 x 224 x 224 on one core: the class of a MobileNetV3), random weights made to disagree about the pictures, ten classes.
+The archives are made once, by `torchport export`, from generated photographs which the fp32 model itself labels:
+`images.mar`, fp32 TorchScript, is what everybody runs; with `--best` torchport serves `images-best.mar`, the fastest
+that passes its gates here, and the peers still run the other.
+
+Requests are 64 generated JPEG photographs of 224 x 224, quality 90, 10 to 22 kB: the raw body, image/jpeg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from loadtest.pictures import generate_pictures
+from models.convnet import ConvClassifier, build_conv_classifier
+
+SIZE = 224
+CLASSES = 10
+CONFIG = {"in_channels": 3, "num_classes": CLASSES, "widths": [8, 16, 32, 64, 128, 256]}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SEED = 20
+FITTED, EVALUATED = 96, 256
+# Of the logits, over the pictures: sure of most answers, as a trained model is.
+SPREAD = 6.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the archives and reports go; made when missing")
+    parser.add_argument("--best", action="store_true", help="torchport serves the fastest artifact that passes")
+    arguments, options = parser.parse_known_args()
+    store = arguments.folder / "store"
+    plain, best = store / "images.mar", store / "images-best.mar"
+    if not plain.exists():
+        make_inputs(arguments.folder)
+        export(arguments.folder, "--name", "images", "--format", "torchscript", "--precision", "fp32")
+    if arguments.best and not best.exists():
+        matrix = ("--calibration", str(arguments.folder / "pictures"), "--report", str(arguments.folder / "matrix"))
+        export(arguments.folder, "--name", "images-best", "--best", *matrix)
+    served = ["--reference", str(plain)] if arguments.best else []
+    report = arguments.folder / ("report-best" if arguments.best else "report")
+    command = ["compare", str(best if arguments.best else plain), *served, "--pictures", f"{SIZE}x{SIZE}"]
+    sys.exit(torchport(*command, "--out", str(report), *options))
+
+
+def torchport(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", "torchport", *words], check=False).returncode
+
+
+def export(folder: Path, *options: str) -> None:
+    """Export with this project's own road; its gates judge."""
+    words = [str(folder / "weights.pt"), "--model", "models.convnet:build_conv_classifier"]
+    words += ["--config", str(folder / "config.json"), "--signature", str(folder / "signature.yaml")]
+    words += ["--eval", str(folder / "pictures")]
+    words += ["--out", str(folder / "store")]
+    if torchport("export", *words, *options):
+        sys.exit("the export failed")
+
+
+def make_inputs(folder: Path) -> None:
+    """Weights, signature, and pictures in a folder a label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = fit(generate_pictures(FITTED, height=SIZE, width=SIZE, seed=SEED))
+    torch.save(model.state_dict(), folder / "weights.pt")
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    (folder / "signature.yaml").write_text(json.dumps(signature()), encoding="utf-8")  # JSON is YAML
+    files = generate_pictures(EVALUATED, height=SIZE, width=SIZE, seed=SEED + 1)
+    with torch.inference_mode():
+        labels = torch.cat([model(tensors([data])).argmax(1) for data in files])
+    print(f"pictures by class: {torch.bincount(labels, minlength=CLASSES).tolist()}", flush=True)
+    for number, (data, label) in enumerate(zip(files, labels.tolist(), strict=True)):
+        place = folder / "pictures" / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:03}.jpg").write_bytes(data)
+
+
+def fit(files: list[bytes]) -> ConvClassifier:
+    """Random weights, with statistics of these pictures, and logits that tell them apart."""
+    torch.manual_seed(SEED)
+    model = build_conv_classifier(**CONFIG)
+    images = tensors(files)
+    with torch.no_grad():
+        for block in model.modules():
+            if isinstance(block, torch.nn.BatchNorm2d):
+                block.momentum = None  # the plain mean
+        model.train()(images)
+        model.eval()
+        features = model.features(images).mean(dim=[2, 3])
+        scale = features.std(0).clamp_min(1e-3)
+        weight = torch.randn(CLASSES, features.shape[1]) / scale
+        logits = (features - features.mean(0)) @ weight.T
+        weight *= (SPREAD / logits.std(0))[:, None]
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(-weight @ features.mean(0))
+    return model
+
+
+def tensors(files: list[bytes]) -> torch.Tensor:
+    """[N, 3, 224, 224] float32, normalised as the signature says."""
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in files])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def signature() -> dict[str, object]:
+    image = {"mode": "RGB", "height": SIZE, "width": SIZE, "mean": list(MEAN), "std": list(STD)}
+    return {
+        "format_version": 1,
+        "task": "image-classification",
+        "inputs": [{"name": "image", "dtype": "float32", "shape": ["batch", 3, SIZE, SIZE]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", CLASSES]}],
+        "labels": [f"class{number}" for number in range(CLASSES)],
+        "preprocessing": {"image": image},
+    }
+
+
+if __name__ == "__main__":
+    main()
