@@ -215,8 +215,8 @@ def _convert(
     with tempfile.TemporaryDirectory(prefix="torchport-calibration-") as temporary:
         file = Path(temporary) / _CALIBRATION_FILE
         calibration = None
-        if (combination.format, combination.precision) == ("onnx", "int8"):
-            calibration = _write_calibration(prepared, file)
+        if combination.precision == "int8" and combination.format in ("onnx", "pt2"):
+            calibration = _write_calibration(prepared, combination.format, file)
         artifact = convert_in_fresh_process(
             source.path,
             folder,
@@ -232,15 +232,16 @@ def _convert(
     return artifact, calibration
 
 
-def _write_calibration(prepared: Prepared, file: Path) -> Calibration | None:
+def _write_calibration(prepared: Prepared, format: str, file: Path) -> Calibration | None:
     """Write the samples that static quantisation needs; None where it is dynamic, or there are none."""
     checkpoint, source = prepared.checkpoint, prepared.source
-    if source.calibration is None and not needs_calibration(checkpoint.module):
+    static = needs_calibration(checkpoint.module, format=format)
+    if source.calibration is None and not static:
         return None
     requests = load_calibration(
         checkpoint.signature, data=source.calibration, source=checkpoint.evaluation, columns=source.columns
     )
-    if not requests or not needs_calibration(checkpoint.module):
+    if not requests or not static:
         return None
     decoder = _decoder(checkpoint)
     write_calibration(file, [_decode(decoder, request) for request in requests])

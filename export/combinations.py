@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,14 @@ SCRIPT = "script"
 METHODS = (TRACE, SCRIPT)
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
+_X86 = ("x86_64", "AMD64")
 
 # Precisions by device and format, as measured on the CPU; those of the CUDA side follow what its kernels exist for.
 _OFFERED = {
     "cpu": {
         "torchscript": ("fp32", "bf16", "int8"),
         "onnx": ("fp32", "int8"),
-        "pt2": ("fp32", "bf16"),
+        "pt2": ("fp32", "bf16", "int8"),
         "eager": ("fp32", "bf16"),
     },
     "cuda": {
@@ -75,6 +77,7 @@ def refusal(combination: Combination, *, method: str = TRACE) -> str | None:
         _unknown(combination, method)
         or _wrong_method(combination, method)
         or _not_offered(combination)
+        or _no_quantiser(combination)
         or (_no_cuda(combination) if combination.device == "cuda" else None)
     )
 
@@ -123,10 +126,25 @@ def _not_offered(combination: Combination) -> str | None:
             f"use --precision {'fp16' if format == 'onnx' else 'fp16 or bf16'}, or --device cpu"
         )
     return (
-        f"int8 {format} is not offered: PyTorch's int8 layers cannot be "
-        f"{'loaded as a state_dict' if format == 'eager' else 'compiled ahead of time'}; "
-        "use --format torchscript or --format onnx for int8, or --precision bf16"
+        f"int8 {format} is not offered: PyTorch's int8 layers cannot be loaded as a state_dict; "
+        "use --format torchscript, onnx or pt2 for int8, or --precision bf16"
     )
+
+
+def _no_quantiser(combination: Combination) -> str | None:
+    if (combination.format, combination.precision) != ("pt2", "int8"):
+        return None
+    if platform.machine() not in _X86:
+        return (
+            f"int8 pt2 is made of kernels for x86 processors, and this machine's is {platform.machine()}; "
+            "use --format torchscript or --format onnx for int8"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        return (
+            "int8 pt2 is quantised by torchao, which is not installed here; run `pip install 'torchport[pt2e]'`, or "
+            "use --format torchscript or --format onnx for int8"
+        )
+    return None
 
 
 def _no_cuda(combination: Combination) -> str | None:

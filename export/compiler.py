@@ -14,7 +14,11 @@ from export.errors import ConversionError
 from handlers.errors import BackendError
 
 # The root is ONNX Runtime's quantiser, which has none of its own.
-_LOGGERS = ("root", "torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torch._inductor", "torch.fx")
+_LOGGERS = (
+    *("root", "torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torch._inductor", "torch.fx"),
+    # What torchao says while it is imported: which of its GPU kernels it does without.
+    *("torchao", "torch.utils._pytree"),
+)
 
 # Lines that frame what went wrong without saying it.
 _NOISE = re.compile(

@@ -217,9 +217,7 @@ def _write(
         _write_onnx(named, signature, example, path, int8=combination.precision == "int8", samples=samples)
         return {}
     if combination.format == "pt2":
-        from export.pt2 import write_pt2  # noqa: PLC0415
-
-        return write_pt2(named, signature, example, path, device=device)
+        return _write_pt2(named, signature, example, path, combination, samples)
     if origin is None:
         raise ConversionError("an eager artifact is built by its factory; say which one built the module")
     write_weights(module, path)
@@ -240,15 +238,35 @@ def _write_onnx(
     if not int8:
         onnx_graph.write_onnx(named, signature, example, path)
         return
-    static = quantization.needs_calibration(named)
+    static = quantization.needs_calibration(named, format="onnx")
     if static:
-        quantization.require_samples(samples)
+        quantization.require_samples(samples, format="onnx")
     graph = onnx_graph.export_graph(named, signature, example)
     if static:
         graph = quantization.quantized_statically(graph, samples)
     else:
         graph = quantization.quantized_dynamically(onnx_graph.fused(graph, onnx_graph.feeds(signature, example)))
     onnx_graph.write_graph(graph, path)
+
+
+def _write_pt2(
+    named: NamedModule,
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    path: Path,
+    combination: Combination,
+    samples: Sequence[TensorBatch],
+) -> dict[str, str]:
+    from export import pt2  # noqa: PLC0415
+
+    int8 = combination.precision == "int8"
+    if int8:
+        from export.pt2e import quantized_module  # noqa: PLC0415
+        from export.quantization import require_samples  # noqa: PLC0415
+
+        require_samples(samples, format="pt2")
+        named = quantized_module(named, signature, pt2.repeated(example), samples)
+    return pt2.write_pt2(named, signature, example, path, device=combination.device, int8=int8)
 
 
 def _named(module: torch.nn.Module, signature: Signature, dtype: torch.dtype | None) -> NamedModule:

@@ -37,7 +37,7 @@ from export.matrix_entries import PASSED, Entry, Matrix
 from export.memory import measure_memory
 from export.options import ExportOptions, resolve_thresholds, source_of
 from export.pipeline import ExportReport, pack
-from export.provenance import package_versions
+from export.provenance import package_versions, quantisers
 from export.ranking import Winner, choose
 from export.speed import Timing, measure, shapes_to_measure
 from export.thresholds import Thresholds
@@ -119,7 +119,9 @@ def run_matrix(
         winner=_winner(entries),
         loosened=_loosened(thresholds),
         machine=describe_machine(options.device),
-        versions=package_versions(),
+        versions=package_versions(
+            *dict.fromkeys(name for one in entries if one.candidate for name in quantisers(one.candidate.artifact))
+        ),
         measured_at=measured_at,
     )
 

@@ -13,6 +13,7 @@ import torch
 from export.candidate import Candidate
 from export.checkpoint import Checkpoint
 from export.gates import GateResult
+from handlers.artifact import Artifact
 from handlers.digests import file_sha256
 from handlers.isa import cpu_isa
 
@@ -28,19 +29,29 @@ _PACKAGES = (
     "torchserve",
 )
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_QUANTISER = "torchao"
 _SPEED = "speed"
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of every package that shapes an archive."""
+def package_versions(*also: str) -> dict[str, str]:
+    """Versions of Python and of every package that shapes an archive.
+
+    Args:
+        also: Packages that shape some archives only; see :func:`quantisers`.
+    """
     versions = {"python": platform.python_version()}
-    for name in (*_PACKAGES, *_RUNTIMES):
+    for name in (*_PACKAGES, *_RUNTIMES, *also):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             if name not in _RUNTIMES:  # one of the two runtimes is always absent
                 raise
     return versions
+
+
+def quantisers(artifact: Artifact) -> tuple[str, ...]:
+    """Packages that quantised an artifact, and shape no other."""
+    return (_QUANTISER,) if (artifact.format, artifact.precision) == ("pt2", "int8") else ()
 
 
 def build_provenance(checkpoint: Checkpoint, candidate: Candidate, *, evaluated: int) -> dict[str, Any]:
@@ -63,6 +74,8 @@ def build_provenance(checkpoint: Checkpoint, candidate: Candidate, *, evaluated:
     }
     if artifact.format == "onnx":
         converted["opsets"] = _opsets(file)
+    if artifact.precision == "int8":
+        converted["quantization"] = _quantization(candidate)
     if candidate.calibration is not None:
         converted["calibration"] = {
             "sha256": candidate.calibration.sha256,
@@ -76,7 +89,7 @@ def build_provenance(checkpoint: Checkpoint, candidate: Candidate, *, evaluated:
         "thresholds": candidate.thresholds.to_document(),
         "evaluated": evaluated,
         "machine": _machine(artifact.device),
-        "versions": package_versions(),
+        "versions": package_versions(*quantisers(artifact)),
     }
 
 
@@ -84,6 +97,13 @@ def _method(candidate: Candidate) -> str:
     if candidate.combination.format == "torchscript":
         return candidate.method
     return {"onnx": "dynamo", "pt2": "aot-inductor", "eager": "state-dict"}[candidate.combination.format]
+
+
+def _quantization(candidate: Candidate) -> str:
+    """How int8 came about: when ranges of activations are measured, and by what for pt2."""
+    if quantisers(candidate.artifact):
+        return "static, pt2e x86-inductor"
+    return "dynamic" if candidate.calibration is None else "static"
 
 
 def _opsets(file: Path) -> dict[str, int]:

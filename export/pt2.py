@@ -1,9 +1,10 @@
 """AOTInductor packages (``.pt2``): machine code for one torch and one kind of processor.
 
 The code is compiled below a folder of its own, whose name the compiler is told to forget, and the generated C++ stays
-out of the package. So on one machine the same model gives the same bytes, in any folder and at any time. Between
-machines it cannot: the code depends on the processor, on the C++ compiler and its standard library, and, on a GPU, on
-which kernels were the fastest when they were tried.
+out of the package. So on one machine the same model gives the same bytes, in any folder and at any time; except int8,
+into which Inductor 2.13 writes the address of one of its own functions. Between machines it cannot: the code depends on
+the processor, on the C++ compiler and its standard library, and, on a GPU, on which kernels were the fastest when they
+were tried.
 """
 
 from __future__ import annotations
@@ -31,10 +32,18 @@ _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 # examples gave packages that refuse 16 samples, while larger ones give packages that take one as well. A prime, so that
 # it is the size of no other axis.
 _EXAMPLE_BATCH = 37
+# Operators of PyTorch, as the generated code calls them.
+_INT8_KERNELS = (b"qlinear", b"qconv")
 
 
 def write_pt2(
-    module: NamedModule, signature: Signature, example: Sequence[torch.Tensor], path: Path, *, device: str
+    module: NamedModule,
+    signature: Signature,
+    example: Sequence[torch.Tensor],
+    path: Path,
+    *,
+    device: str,
+    int8: bool = False,
 ) -> dict[str, str]:
     """Compile a module ahead of time and write the package.
 
@@ -44,16 +53,18 @@ def write_pt2(
         example: Valid inputs in the signature's order, on the device.
         path: The file to write.
         device: ``cpu`` or ``cuda``.
+        int8: The module is one of :func:`export.pt2e.quantized_module`, to be computed by int8 kernels.
 
     Returns:
         What the package needs of a machine, for ``artifact.requires``.
 
     Raises:
-        ConversionError: If there is no C++ compiler, or a dynamic axis cannot be kept.
+        ConversionError: If there is no C++ compiler, a dynamic axis cannot be kept, or the compiler finds no int8
+            kernel for the module.
         Exception: Whatever the compiler says about the module.
     """
     compiler = _find_compiler()
-    program = export_program(module, signature, [_repeated(tensor, _EXAMPLE_BATCH) for tensor in example])
+    program = export_program(module, signature, repeated(example))
     with tempfile.TemporaryDirectory(prefix="torchport-pt2-") as temporary:
         folder = Path(temporary)
         if any(character.isspace() for character in temporary):
@@ -74,20 +85,35 @@ def write_pt2(
                     # Refuses a batch of one: symbols of torch.export are "at least 2" by convention only.
                     "aot_inductor.check_lowerbound": False,
                     "cpp.cxx": (str(_forgetful(compiler, folder)),),
+                    # Weights become constants. Without it int8 is computed in fp32, without a word.
+                    **({"freezing": True} if int8 else {}),
                 },
             )
-        # Its comments hold the command line of the compiler, and so the folders of this machine.
-        content = rewritten(package, lambda name, data: None if name.endswith(".cpp") else data)
+        sources: list[bytes] = []
+        content = rewritten(package, lambda name, data: _without_source(name, data, sources))
+    if int8 and not any(kernel in source for kernel in _INT8_KERNELS for source in sources):
+        raise ConversionError(
+            "the compiler makes no int8 kernel of any layer of the model, and would compute int8 in fp32; "
+            "use --format torchscript or --format onnx for int8, or --precision bf16"
+        )
     path.write_bytes(content)
     requires = {"torch": str(torch.__version__), "isa": cpu_isa()}
     capability = cuda_capability() if device == "cuda" else None
     return {**requires, "compute_capability": capability} if capability else requires
 
 
-def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
-    """The samples over and over again, up to a batch of that size."""
-    times = -(-batch // len(tensor))
-    return torch.cat([tensor] * times)[:batch].contiguous()
+def repeated(example: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The samples of an example over and over again, up to a batch of a size for which code holds at any other."""
+    times = -(-_EXAMPLE_BATCH // len(example[0]))
+    return [torch.cat([tensor] * times)[:_EXAMPLE_BATCH].contiguous() for tensor in example]
+
+
+def _without_source(name: str, data: bytes, sources: list[bytes]) -> bytes | None:
+    """Take the generated C++ out: its comments hold the command line of the compiler, and so this machine's folders."""
+    if not name.endswith(".cpp"):
+        return data
+    sources.append(data)
+    return None
 
 
 def _find_compiler() -> str:

@@ -23,12 +23,19 @@ _DYNAMIC_OPERATORS = ["MatMul", "Gemm", "Attention"]
 _STATIC_OPERATORS = ["Conv", "MatMul", "Gemm"]
 
 
-def needs_calibration(module: nn.Module) -> bool:
-    """Whether int8 ONNX is static for a module, and so needs calibration data: most of its weights are convolutions'.
+def needs_calibration(module: nn.Module, *, format: str) -> bool:
+    """Whether int8 of a module is static in a format, and so needs calibration data.
 
-    Static quantisation fixes the ranges of all activations beforehand, which suits convolutions; those of attention
-    vary too much with the input.
+    Static quantisation fixes the ranges of all activations beforehand. int8 pt2 is always static: its kernels for
+    dynamic ranges are slower. int8 ONNX is if most of the module's weights are convolutions', whose fast kernels have
+    fixed ranges only. int8 TorchScript never is.
+
+    Args:
+        module: What is quantised.
+        format: One of :data:`handlers.artifact.FORMATS`.
     """
+    if format != "onnx":
+        return format == "pt2"
     convolutions = sum(_weights(module, nn.modules.conv._ConvNd))
     return convolutions > sum(_weights(module, nn.Linear))
 
@@ -43,7 +50,7 @@ def quantized_module(module: nn.Module) -> nn.Module:
     if not any(type(layer) is nn.Linear for layer in module.modules()):
         inherited = any(isinstance(layer, nn.Linear) for layer in module.modules())
         what = "only linear layers that PyTorch cannot quantise (as in nn.MultiheadAttention)" if inherited else "none"
-        instead = "--format onnx with --calibration" if needs_calibration(module) else "--format onnx"
+        instead = "--format onnx with --calibration" if needs_calibration(module, format="onnx") else "--format onnx"
         raise ConversionError(
             f"int8 TorchScript quantises nn.Linear layers, and the model has {what}; "
             f"use {instead} for int8, or --precision bf16"
@@ -54,15 +61,16 @@ def quantized_module(module: nn.Module) -> nn.Module:
     return quantized
 
 
-def require_samples(samples: Sequence[TensorBatch]) -> None:
+def require_samples(samples: Sequence[TensorBatch], *, format: str) -> None:
     """Refuse static quantisation without data.
 
     Raises:
         ConversionError: If there is no sample.
     """
     if not samples:
+        what = "int8 ONNX of a model that is mostly convolutions" if format == "onnx" else f"int8 {format}"
         raise ConversionError(
-            "int8 ONNX of a model that is mostly convolutions needs calibration data; "
+            f"{what} needs calibration data; "
             "give --calibration with samples like those it will see, or use --precision fp32"
         )
 
@@ -108,7 +116,7 @@ def quantized_statically(graph: onnx.ModelProto, samples: Sequence[TensorBatch])
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static  # noqa: PLC0415
     from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415
 
-    require_samples(samples)
+    require_samples(samples, format="onnx")
     with tempfile.TemporaryDirectory(prefix="torchport-int8-") as temporary:
         source, ready, target = (Path(temporary) / name for name in ("model.onnx", "ready.onnx", "int8.onnx"))
         source.write_bytes(graph.SerializeToString(deterministic=True))

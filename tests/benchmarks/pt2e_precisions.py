@@ -1,12 +1,12 @@
-"""int8 by PT2E quantization, compiled by Inductor and AOTInductor, against TorchScript of the same weights.
+"""int8 pt2 against TorchScript of the same weights, and against the roads that the export does not take.
 
-    pip install torchao --no-deps  # measured with 0.18; nothing else here needs it
+    pip install 'torchport[pt2e]'  # measured with torchao 0.18
     python tests/benchmarks/pt2e_precisions.py runs/sst2 --markdown table.md
 
 Texts, batches, rounds and gates are those of text_precisions.py, and so are table and JSON. ``inductor`` is an exported
 program that ``torch.compile`` compiles when it is loaded, ``aoti`` a package that was compiled ahead of time; both
 with freezing, without which Inductor computes int8 in fp32. ``dynamic`` ranges are those of each batch, ``static``
-ones those of 256 training texts.
+ones those of 256 training texts. ``pt2 int8`` is what the export makes: ahead of time, with static ranges.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from export.evaluation import load_calibration
 from export.inputs import example_batch
 from export.program import export_program
 from export.pt2 import write_pt2
+from export.pt2e import quantized_module
 from export.thresholds import Thresholds
 from handlers.artifact import Artifact
 from handlers.backend import Backend
-from handlers.batching import stack
 from handlers.calling import NamedModule
 from handlers.decoder import build_decoder
 from handlers.model import ServedModel
@@ -52,6 +52,7 @@ REFERENCES = [
     Combination(format="torchscript", precision="fp32", device="cpu"),
     Combination(format="torchscript", precision="int8", device="cpu"),
     Combination(format="pt2", precision="fp32", device="cpu"),
+    Combination(format="pt2", precision="int8", device="cpu"),
 ]
 
 
@@ -67,7 +68,10 @@ class Road:
         return f"{self.compiler} int8 {self.ranges}" if self.ranges else f"{self.compiler} fp32 frozen"
 
 
-ROADS = [Road(compiler=compiler, ranges=r) for compiler in ("inductor", "aoti") for r in (None, "dynamic", "static")]
+ROADS = [
+    *(Road(compiler="inductor", ranges=ranges) for ranges in (None, "dynamic", "static")),
+    *(Road(compiler="aoti", ranges=ranges) for ranges in (None, "dynamic")),
+]
 
 
 class InductorBackend:
@@ -143,8 +147,10 @@ def compile_and_check(prepared: Prepared, road: Road, folder: Path) -> Candidate
     backend: Backend
     with compiling():
         if road.ranges:
-            samples = calibration(prepared, folder)
-            module = NamedModule(quantized(module, signature, example, samples, road.ranges), *names)
+            if road.ranges == "static":
+                module = quantized_module(module, signature, example, calibration(prepared, folder))
+            else:
+                module = NamedModule(dynamically_quantized(module, signature, example), *names)
         if road.compiler == "aoti":
             write_pt2(module, signature, example, path, device="cpu")
             backend = Pt2Backend(path, signature, device="cpu", threads=1)
@@ -175,23 +181,16 @@ def calibration(prepared: Prepared, folder: Path) -> list[TensorBatch]:
     return [decoder.decode(request.parts()).samples[0] for request in requests]
 
 
-def quantized(
-    module: NamedModule,
-    signature: Signature,
-    example: Sequence[torch.Tensor],
-    samples: Sequence[TensorBatch],
-    ranges: str,
+def dynamically_quantized(
+    module: NamedModule, signature: Signature, example: Sequence[torch.Tensor]
 ) -> torch.nn.Module:
-    """A graph with int8 weights, which quantises and dequantises; compilers fuse that into int8 kernels."""
+    """As :func:`export.pt2e.quantized_module`, with ranges that are measured batch by batch."""
     pt2e = import_torchao("torchao.quantization.pt2e.quantize_pt2e")
     x86 = import_torchao("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_dynamic=ranges == "dynamic"))
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_dynamic=True))
     graph = export_program(module, signature, example).exported.module(check_guards=False)
-    observed = pt2e.prepare_pt2e(graph, quantizer)
-    for sample in samples:
-        observed(*to_torch(stack([sample], signature), signature.inputs, CPU))
-    converted: torch.nn.Module = pt2e.convert_pt2e(observed)
+    converted: torch.nn.Module = pt2e.convert_pt2e(pt2e.prepare_pt2e(graph, quantizer))
     return converted
 
 

@@ -27,7 +27,7 @@ def test_the_table_is_that_of_the_documentation() -> None:
         "cpu": [
             *("torchscript fp32", "torchscript bf16", "torchscript int8"),
             *("onnx fp32", "onnx int8"),
-            *("pt2 fp32", "pt2 bf16"),
+            *("pt2 fp32", "pt2 bf16", "pt2 int8"),
             *("eager fp32", "eager bf16"),
         ],
         "cuda": [
@@ -73,6 +73,22 @@ def test_onnx_on_cuda_needs_the_provider(monkeypatch: pytest.MonkeyPatch) -> Non
     asked = Combination(format="onnx", precision="fp32", device="cuda")
     assert "no CUDA provider; install onnxruntime-gpu" in str(refusal(asked))
     assert refusal(Combination(format="pt2", precision="fp32", device="cuda")) is None
+
+
+def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Combination(format="pt2", precision="int8")
+    assert refusal(asked) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "torchao, which is not installed here; run `pip install 'torchport[pt2e]'`" in str(refusal(asked))
+    assert refusal(Combination(format="pt2", precision="bf16")) is None
+    assert "torchao" not in str(refusal(Combination(format="pt2", precision="int8", device="cuda")))
+
+
+def test_int8_pt2_is_made_for_x86_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    sentence = str(refusal(Combination(format="pt2", precision="int8")))
+    assert "kernels for x86 processors, and this machine's is aarch64; use --format torchscript" in sentence
+    assert refusal(Combination(format="torchscript", precision="int8")) is None
 
 
 @pytest.mark.parametrize("format", FORMATS)

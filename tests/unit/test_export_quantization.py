@@ -68,10 +68,15 @@ def operators(folder: Path) -> set[str]:
 
 class TestChoice:
     def test_convolutions_need_calibration_and_linear_layers_do_not(self, module: nn.Module) -> None:
-        assert needs_calibration(module)
-        assert not needs_calibration(Twice())
-        assert not needs_calibration(NoLayer())
-        assert not needs_calibration(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(16, 16)))
+        assert needs_calibration(module, format="onnx")
+        assert not needs_calibration(Twice(), format="onnx")
+        assert not needs_calibration(NoLayer(), format="onnx")
+        assert not needs_calibration(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(16, 16)), format="onnx")
+
+    def test_pt2_always_needs_it_and_torchscript_never(self, module: nn.Module) -> None:
+        for each in (module, Twice(), NoLayer()):
+            assert needs_calibration(each, format="pt2")
+            assert not needs_calibration(each, format="torchscript")
 
     def test_without_calibration_data_it_is_refused(
         self, module: nn.Module, signature: Signature, tmp_path: Path
