@@ -114,7 +114,7 @@ class Service:
                 parts=lambda frame: read_parts(frame.fields, frame.headers),
                 encode=self._reply,
                 response_timeout_s=timeout_s,
-                pipelined=not model.is_quick(),
+                pipelined=not model.wants_one_thread(),
             )
         )
         read_in_few_pieces()

@@ -2,6 +2,7 @@ import json
 import shutil
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,22 +67,29 @@ def test_images_are_decoded_on_every_core_within_bounds(extracted, monkeypatch, 
     assert ServedModel.load(extracted, threads=1).decoders is None
 
 
-@pytest.mark.parametrize(("seconds", "quick"), [(0.0039, True), (0.0041, False)])
-def test_a_model_is_quick_by_what_a_sample_of_a_full_batch_costs(model, seconds, quick):
+@pytest.mark.parametrize(("seconds", "enough"), [(0.0039, True), (0.0041, False)])
+def test_one_thread_does_where_a_sample_of_a_full_batch_costs_little(model, seconds, enough):
     model._cost = CostModel(call=seconds)  # of four samples
-    assert model.is_quick() is quick
+    assert model.wants_one_thread() is enough
 
 
-def test_sizes_count_in_how_quick_a_model_is(brightness_backend):
+def test_sizes_count_in_what_a_sample_costs(brightness_backend):
     model = ServedModel(TRIPLE, brightness_backend, max_batch=1)  # of 1 to 64 positions
     model._cost = CostModel(call=0.0, position=0.001 / 32)
-    assert model.is_quick() is False
+    assert model.wants_one_thread() is False
     model._cost = CostModel(call=0.0, position=0.001 / 33)
-    assert model.is_quick() is True
+    assert model.wants_one_thread() is True
 
 
-def test_a_model_of_unknown_cost_is_not_quick(model):
-    assert model.is_quick() is False
+@pytest.mark.parametrize(("format", "one"), [("pt2", True), ("torchscript", False), ("onnx", False)])
+def test_a_runtime_that_keeps_other_threads_waiting_gets_one(model, format, one):
+    artifact = SimpleNamespace(format=format)
+    model.signature = SimpleNamespace(artifact=artifact, axes={})  # of a cost that nobody measured
+    assert model.wants_one_thread() is one
+
+
+def test_a_model_of_unknown_cost_gets_several_threads(model):
+    assert model.wants_one_thread() is False
 
 
 def test_a_bad_request_hurts_only_itself(model, png_request):
