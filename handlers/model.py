@@ -38,8 +38,6 @@ _COST_LIMIT_S = 1.0
 _MOST_DECODERS = 8
 # See docs/decisions/014 for what was measured.
 _QUICK_S = 0.001
-# Python's lock is held as long as these compute: AOTInductor's loader does not give it up (torch 2.13).
-_HOLD_PYTHON = ("pt2",)
 
 Row = dict[str, Array] | RequestError
 """One sample's outputs by name, or why there are none."""
@@ -173,7 +171,7 @@ class ServedModel:
         They should where the runtime does not let other threads run meanwhile, and where a sample of usual size, in a
         full batch, takes less to compute than to hand it to another thread.
         """
-        if self.signature.artifact is not None and self.signature.artifact.format in _HOLD_PYTHON:
+        if getattr(self.backend, "holds_lock", False):
             return True
         sizes = [(axis.minimum + axis.maximum) / 2 for axis in self.signature.axes.values()]
         return bool(self._cost.seconds(self._max_batch, math.prod(sizes)) < self._max_batch * _QUICK_S)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
@@ -27,6 +29,9 @@ class Pt2Backend:
         device: ``cpu`` or ``cuda``.
         threads: Intra-op threads of this process.
 
+    Attributes:
+        holds_lock: Whether other threads of Python stand still while it computes.
+
     Raises:
         BackendError: If the file does not load, was compiled for another device, or the device is missing.
     """
@@ -40,8 +45,8 @@ class Pt2Backend:
         try:
             # What torch._inductor.aoti_load_package ends in. That function first compiles and runs small programs to
             # name the processor's vector width: it takes seconds, and logs a misleading warning without a compiler.
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, -1)
-            compiled_for = self._loader.get_metadata().get("AOTI_DEVICE_KEY")
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, -1)
+            compiled_for = loader.get_metadata().get("AOTI_DEVICE_KEY")
         except (RuntimeError, AttributeError) as error:
             raise BackendError(
                 f"{path.name} is not a pt2 package that torch {torch.__version__} loads: {one_line(error)}"
@@ -50,6 +55,12 @@ class Pt2Backend:
             raise BackendError(
                 f"{path.name} was compiled for {compiled_for}, and the signature says {device}; export it again"
             )
+        container = CompiledContainer.of_package(path) if device == "cpu" else None
+        # Not both: each has a copy of the weights.
+        self._compute: Callable[[list[torch.Tensor]], list[torch.Tensor]] = (
+            loader.run if container is None else container.run
+        )
+        self.holds_lock = container is None
 
     @property
     def device(self) -> str:
@@ -59,5 +70,5 @@ class Pt2Backend:
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
         with torch.inference_mode():
-            outputs = self._loader.run(to_torch(batch, self._signature.inputs, self._device))
+            outputs = self._compute(to_torch(batch, self._signature.inputs, self._device))
             return to_numpy(outputs, self._signature.outputs)

@@ -1,10 +1,12 @@
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
 import shutil
 import sys
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from handlers.artifact import Artifact, ModuleSource
 from handlers.backend import build_backend
 from handlers.calling import NamedModule
+from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError
 from handlers.isa import cpu_isa
 from handlers.signature import TENSOR, Signature
@@ -340,6 +343,37 @@ class TestPt2:
             backend.run({**arrays(), **wrong})
         capfd.readouterr()  # torch prints a stack
         assert backend.run(arrays())["pooled"].shape == (2, 3)
+
+    def test_the_library_is_called_without_pythons_lock(self, built):
+        assert load(built("pt2"), "pt2").holds_lock is False
+        call = CompiledContainer.of_package(built("pt2") / FILES["pt2"])._run
+        keeping_it = ctypes.PyDLL._func_flags_ & ~ctypes.CDLL._func_flags_
+        assert keeping_it
+        assert not type(call)._flags_ & keeping_it
+
+    def test_where_the_library_cannot_be_called_directly_torchs_loader_computes_the_same(self, built, monkeypatch):
+        monkeypatch.setattr("handlers.pt2.CompiledContainer.of_package", lambda path: None)
+        loaders = load(built("pt2"), "pt2")
+        assert loaders.holds_lock is True
+        monkeypatch.undo()
+        direct = load(built("pt2"), "pt2")
+        for size in [(1, 1), (2, 5), (7, 16), (64, 3)]:
+            for name, array in loaders.run(arrays(*size)).items():
+                np.testing.assert_array_equal(direct.run(arrays(*size))[name], array)
+
+    @pytest.mark.parametrize("change", ["weights beside", "no library", "no shared library"])
+    def test_packages_of_another_form_are_left_to_torchs_loader(self, built, tmp_path, change):
+        path = tmp_path / FILES["pt2"]
+        with zipfile.ZipFile(built("pt2") / FILES["pt2"]) as source, zipfile.ZipFile(path, "w") as target:
+            for name in source.namelist():
+                if not name.endswith(".so"):
+                    target.writestr(name, source.read(name))
+                elif change == "weights beside":
+                    target.writestr(name, source.read(name))
+                    target.writestr(name.removesuffix(".so") + ".bin", b"weights")
+                elif change == "no shared library":
+                    target.writestr(name, b"text")
+        assert CompiledContainer.of_package(path) is None
 
     def test_code_for_another_device_is_refused(self, built, monkeypatch):
         monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
