@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import torch
 
 _LIBRARY_FOLDER = "data/aotinductor"
-# What a package may have beside the library; weights beside it would have to be loaded by torch.
-_METADATA_SUFFIX = ".json"
+# What a package may have beside the library: metadata and sources. Weights beside it would have to be loaded by torch.
+_HARMLESS = (".json", ".cpp", ".h")
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -63,7 +63,7 @@ class CompiledContainer:
         with zipfile.ZipFile(path) as package:
             compiled = [name for name in package.namelist() if _LIBRARY_FOLDER in name and not name.endswith("/")]
             libraries = [name for name in compiled if PurePosixPath(name).suffix == ".so"]
-            others = [name for name in compiled if PurePosixPath(name).suffix not in (".so", _METADATA_SUFFIX)]
+            others = [name for name in compiled if PurePosixPath(name).suffix not in (".so", *_HARMLESS)]
             if len(libraries) != 1 or others:
                 return None
             with tempfile.TemporaryDirectory(prefix="torchport-pt2-") as folder:

@@ -357,6 +357,7 @@ class TestPt2:
         assert loaders.holds_lock is True
         monkeypatch.undo()
         direct = load(built("pt2"), "pt2")
+        assert direct.holds_lock is False
         for size in [(1, 1), (2, 5), (7, 16), (64, 3)]:
             for name, array in loaders.run(arrays(*size)).items():
                 np.testing.assert_array_equal(direct.run(arrays(*size))[name], array)
