@@ -209,9 +209,7 @@ def main(arguments: list[str]) -> int:
             return _about_archives(lambda: copy_for_continuous([Path(path) for path in arguments[2:]], Path(folder)))
         case ["ready"] | ["token"]:
             return _about_server(arguments[0])
-    print(
-        "usage: container.py ready | token | check ARCHIVE... | install | continuous FOLDER ARCHIVE...", file=sys.stderr
-    )
+    print(_USAGE, file=sys.stderr)
     return 2
 
 

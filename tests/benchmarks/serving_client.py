@@ -97,8 +97,9 @@ def parse_reply(received: bytes | bytearray) -> tuple[Reply, int, bool] | None:
         return None
     head = bytes(received[:end]).lower()
     status = int(head[9:12]) if head[:5] == b"http/" and head[9:12].isdigit() else 599
-    at = head.find(b"content-length:")
-    length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+    # A line of its own: answers with binary data have an Inference-Header-Content-Length too.
+    at = head.find(b"\r\ncontent-length:")
+    length = int(head[at + 17 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
     total = end + 4 + length
     if len(received) < total:
         return None
