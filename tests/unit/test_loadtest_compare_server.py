@@ -89,13 +89,14 @@ def test_a_server_is_ready_when_it_answers_rightly_and_ends_with_what_it_started
     monkeypatch.setattr(
         compare_server.tempfile, "mkdtemp", lambda prefix: works.append(make(prefix=prefix)) or works[0]
     )
+    # Other tests may have servers of their own.
     before = set(psutil.pids())
     with serving(fake("right"), model, None) as endpoint:
         assert endpoint.path == "/predict"
         helper = int((Path(works[0]) / "server.log").read_text().split()[1])
         assert helper not in before
         assert psutil.pid_exists(helper)
-        children = psutil.Process().children(recursive=True)
+        children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert children
     assert not any(child.is_running() for child in children)
     assert not psutil.pid_exists(helper) or psutil.Process(helper).status() == psutil.STATUS_ZOMBIE
