@@ -11,7 +11,6 @@ virtual environment that torchport itself is in.
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ import sysconfig
 import venv
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import platformdirs
@@ -116,8 +116,10 @@ class PeerEnvironment:
 
     def _make(self) -> None:
         """An empty environment over whatever an interrupted attempt has left."""
-        # Ours installs into the other environment; unpacking another pip there takes seconds.
-        venv.EnvBuilder(symlinks=True, with_pip=importlib.util.find_spec("pip") is None).create(self.folder)
+        # Ours installs into the other environment; unpacking another pip there takes seconds. Looked for on the path
+        # alone: setuptools has a finder of its own, which takes a question for pip as the start of pip.
+        has_pip = PathFinder.find_spec("pip") is not None
+        venv.EnvBuilder(symlinks=True, with_pip=not has_pip).create(self.folder)
         places = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(ROOT)])
         (self._site_packages / _PATH_FILE).write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
 

@@ -162,6 +162,13 @@ class TestEnvironment:
         assert own
         assert max(own) < ours
 
+    def test_it_is_made_where_distutils_is_in_use(self, tmp_path, monkeypatch):
+        # As after torch has compiled something: setuptools, asked for pip, would warn that it takes its place.
+        monkeypatch.setitem(sys.modules, "distutils", SimpleNamespace(__file__="elsewhere"))
+        environment = PeerEnvironment(tmp_path / "peers")
+        environment._make()
+        assert environment.python.exists()
+
     def test_another_set_of_pins_is_another_place_and_the_state_folder_moves_it(self, tmp_path, monkeypatch):
         monkeypatch.setenv(STATE_VARIABLE, str(tmp_path))
         first = PeerEnvironment.default().folder
