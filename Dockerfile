@@ -56,9 +56,9 @@ RUN groupadd --gid 10001 torchport && \
 
 COPY --from=packages /opt/venv /opt/venv
 COPY config.properties deploy/log4j2.xml deploy/metrics.yaml deploy/entrypoint.sh deploy/container.py /opt/torchport/
-COPY deploy/aggregator/AsyncBatchAggregator.class /opt/torchport/classes/org/pytorch/serve/wlm/
-COPY deploy/aggregator/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
-COPY deploy/aggregator/Exchanges.class deploy/aggregator/ServerInitializer.class \
+COPY deploy/frontend/AsyncBatchAggregator.class /opt/torchport/classes/org/pytorch/serve/wlm/
+COPY deploy/frontend/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
+COPY deploy/frontend/Exchanges.class deploy/frontend/ServerInitializer.class \
      /opt/torchport/classes/org/pytorch/serve/
 
 # ONNX Runtime reports to its maker by default since 1.29: the model file's and graph's names, sizes, timings.

@@ -2,23 +2,18 @@
 
 It takes three things that stock TorchServe with a stock archive does not have: the setting ``asyncCommunication``; the
 worker's own loop, which archives carry (``handlers/continuous.py``); and a class of the frontend, without which
-TorchServe 0.12.0 loses requests in this mode (``aggregator/AsyncBatchAggregator.java``). See docs/decisions/014.
-
-Three more classes let the frontend answer what is in flight before it stops, in either way of serving
-(``aggregator/ServerGroups.java``).
+TorchServe 0.12.0 loses requests in this mode (``frontend_classes.py``). See docs/decisions/014.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import zipfile
 from pathlib import Path
 
 import yaml
 
-from deploy.errors import StartError
+from deploy.frontend_classes import is_known_release
 from export.archive import CONFIG_FILE, Archive
 from export.zip_form import add_entry, entry_chunks
 from handlers.digests import DIGESTS_FILE, digests_document, parse_digests, sha256
@@ -29,25 +24,9 @@ IN_FLIGHT = 256
 _LEAST_OF_A_WORKER = 64
 
 _WORKER_LOOP = "handlers/continuous.py"
-_PACKAGE = "org/pytorch/serve"
-_BY_SCHEDULING = f"{_PACKAGE}/wlm/AsyncBatchAggregator.class"
-# Of the classes that ours take the place of, in TorchServe 0.12.0. Any other release may call them differently.
-_STOCK_SHA256 = {
-    _BY_SCHEDULING: "aed0a24091f876e16c3138c335df25fca0380fb704212bc3b53f004c78111cf4",
-    f"{_PACKAGE}/ServerInitializer.class": "096cdc16ec94359c5bafd0fddf4443e3d9a8c7656863d0b57bf1586fd2f8f700",
-    f"{_PACKAGE}/util/ServerGroups.class": "8c4327920bcaae8e5f6a9f9b6ec5c028515e95752140a4c74e43ebe29db3ef65",
-}
-# The fourth takes nobody's place.
-CLASSES = (*_STOCK_SHA256, f"{_PACKAGE}/Exchanges.class")
-_OURS = Path(__file__).parent / "aggregator"
 
 # Ways of TorchServe to hand out requests that exclude ours. With tickets, it would refuse every request.
 _OTHER_WAYS = ("useJobTicket", "continuousBatching", "sequenceBatching")
-
-
-def is_possible(archive: Archive) -> bool:
-    """Whether this TorchServe and this archive can serve continuously."""
-    return obstacle(archive) is None
 
 
 def obstacle(archive: Archive) -> str | None:
@@ -65,57 +44,9 @@ def obstacle(archive: Archive) -> str | None:
     return None if other is None else f"its {CONFIG_FILE} sets {other}"
 
 
-def is_known_release() -> bool:
-    """Whether the installed TorchServe is the one whose classes ours can take the place of."""
-    package = importlib.util.find_spec("ts")
-    if package is None or not package.submodule_search_locations:
-        return False
-    jar = Path(package.submodule_search_locations[0]) / "frontend" / "model-server.jar"
-    try:
-        with zipfile.ZipFile(jar) as source:
-            return all(sha256([source.read(name)]) == digest for name, digest in _STOCK_SHA256.items())
-    except (OSError, KeyError, zipfile.BadZipFile):
-        return False
-
-
 def in_flight(workers: int) -> int:
     """Requests that each of a model's workers holds at most."""
     return max(_LEAST_OF_A_WORKER, IN_FLIGHT // workers)
-
-
-def install(folder: Path, *, continuous: bool) -> bool:
-    """Put the frontend's classes where Java finds them first, where this is the release that they are made for.
-
-    Args:
-        folder: TorchServe's current folder: the first place on its class path.
-        continuous: Whether any model is served continuously.
-
-    Returns:
-        Whether they are there, and TorchServe will answer what is in flight before it stops.
-
-    Raises:
-        StartError: If the folder cannot be written.
-    """
-    remove(folder)
-    if not is_known_release():
-        return False
-    for name in CLASSES:
-        if name == _BY_SCHEDULING and not continuous:
-            continue
-        target = folder / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_OURS / target.name, target)
-        except OSError as error:
-            raise StartError(
-                f"{target} cannot be written ({error.strerror}); make {folder} writable, and remove what is in the way"
-            ) from error
-    return True
-
-
-def remove(folder: Path) -> None:
-    """Take away the classes that :func:`install` put there, for this server or an earlier one."""
-    shutil.rmtree(folder / Path(_PACKAGE).parts[0], ignore_errors=True)
 
 
 def make_continuous(path: Path, *, in_flight: int = IN_FLIGHT) -> None:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import httpx
 import psutil
 
-from deploy import continuous
+from deploy import continuous, frontend_classes
 from deploy.configuration import LOG_CONFIG, server_properties
 from deploy.errors import StartError, StateError
 from deploy.java import find_java
@@ -167,8 +167,8 @@ class TorchServe:
             archive.copy(models[archive.name])
             if archive.name in self._continuous:
                 continuous.make_continuous(models[archive.name], in_flight=continuous.in_flight(self._workers or 1))
-        self._taken.callback(continuous.remove, self.state.folder)
-        self._drains = continuous.install(self.state.folder, continuous=bool(self._continuous))
+        self._taken.callback(frontend_classes.remove, self.state.folder)
+        self._drains = frontend_classes.install(self.state.folder, continuous=bool(self._continuous))
         config = self.state.folder / "config.properties"
         properties = server_properties(
             self._ports,

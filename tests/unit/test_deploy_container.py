@@ -13,7 +13,8 @@ import yaml
 
 from deploy import container
 from deploy.container import ArchiveFaultError, NotReadyError, check_archives, check_ready, main
-from deploy.continuous import CLASSES, in_flight, make_continuous
+from deploy.continuous import in_flight, make_continuous
+from deploy.frontend_classes import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAST, FUTURE = "2001-01-01T00:00:00.123456789Z", "2999-01-01T00:00:00.123456789Z"
@@ -308,7 +309,7 @@ def test_the_image_has_each_class_where_java_looks_for_it():
     places: dict[str, str] = {}
     sources: list[str] = []
     for word in words:
-        if word.startswith("deploy/aggregator/"):
+        if word.startswith("deploy/frontend/"):
             sources.append(word)
         elif sources:
             places |= {f"{word}{PurePosixPath(source).name}": source for source in sources}

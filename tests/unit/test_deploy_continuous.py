@@ -18,17 +18,9 @@ import pytest
 import yaml
 
 import deploy
-from deploy.continuous import (
-    CLASSES,
-    IN_FLIGHT,
-    install,
-    is_known_release,
-    is_possible,
-    make_continuous,
-    obstacle,
-    remove,
-)
+from deploy.continuous import IN_FLIGHT, make_continuous, obstacle
 from deploy.errors import StartError
+from deploy.frontend_classes import CLASSES, install, is_known_release, remove
 from export.archive import CONFIG_FILE, Archive, ArchiveFiles, open_archive, write_archive
 from export.staging import PACK_FILE, write_staging
 from handlers.digests import DIGESTS_FILE, sha256, verify_folder
@@ -36,7 +28,7 @@ from handlers.errors import DigestError
 from handlers.settings import WorkerSettings
 
 BY_SCHEDULING = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
-SOURCES = Path(deploy.__file__).parent / "aggregator"
+SOURCES = Path(deploy.__file__).parent / "frontend"
 JAR = Path(str(find_spec("ts").submodule_search_locations[0])) / "frontend" / "model-server.jar"  # type: ignore[union-attr, index]
 CONFIG = b"minWorkers: 2\nmaxWorkers: 2\nbatchSize: 16\nmaxBatchDelay: 5\ntorchport:\n  threads: 3\n"
 
@@ -136,13 +128,13 @@ class TestMakeContinuous:
         verify_folder(tmp_path / "extracted")
 
 
-class TestIsPossible:
+class TestObstacle:
     @pytest.fixture
     def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A TorchServe of which there is nothing yet: the folder of its jar."""
         places = [str(tmp_path / "ts")]
         monkeypatch.setattr(
-            "deploy.continuous.importlib.util.find_spec",
+            "deploy.frontend_classes.importlib.util.find_spec",
             lambda name: SimpleNamespace(submodule_search_locations=places),
         )
         (tmp_path / "ts" / "frontend").mkdir(parents=True)
@@ -153,12 +145,12 @@ class TestIsPossible:
         return open_archive(canonical(files, tmp_path))
 
     def test_with_the_installed_torchserve_and_an_archive_of_today(self, digits: Archive, archive: Path) -> None:
-        assert is_possible(digits)
-        assert is_possible(open_archive(archive))
+        assert obstacle(digits) is None
+        assert obstacle(open_archive(archive)) is None
 
     def test_not_with_an_archive_without_the_workers_loop(self, digits: Archive) -> None:
         older = {name: digest for name, digest in digits.digests.items() if name != "handlers/continuous.py"}
-        assert not is_possible(replace(digits, digests=older))
+        assert obstacle(replace(digits, digests=older)) is not None
 
     @pytest.fixture
     def stock(self) -> dict[str, bytes]:
@@ -203,13 +195,12 @@ class TestIsPossible:
                 target.writestr(CONFIG_FILE, config)
             digests = {CONFIG_FILE: sha256([config]), "handlers/continuous.py": sha256([b""])}
             archive = Archive(path=path, name="digits", version="1.0", sha256="", digests=digests)
-            assert is_possible(archive) == possible
-            assert possible or obstacle(archive) == f"its model-config.yaml sets {way}"
+            assert obstacle(archive) == (None if possible else f"its model-config.yaml sets {way}")
 
     @pytest.mark.parametrize("package", [None, SimpleNamespace(submodule_search_locations=None)])
     def test_not_without_torchserve(self, digits: Archive, monkeypatch: pytest.MonkeyPatch, package: Any) -> None:
-        monkeypatch.setattr("deploy.continuous.importlib.util.find_spec", lambda name: package)
-        assert not is_possible(digits)
+        monkeypatch.setattr("deploy.frontend_classes.importlib.util.find_spec", lambda name: package)
+        assert obstacle(digits) is not None
 
 
 class TestInstall:
@@ -233,7 +224,7 @@ class TestInstall:
 
     def test_another_release_gets_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         install(tmp_path, continuous=True)
-        monkeypatch.setattr("deploy.continuous.is_known_release", lambda: False)
+        monkeypatch.setattr("deploy.frontend_classes.is_known_release", lambda: False)
         assert not install(tmp_path, continuous=False)
         assert list(tmp_path.iterdir()) == []
 

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from deploy.continuous import CLASSES
 from deploy.errors import DeployError, PortError, StartError, StateError
+from deploy.frontend_classes import CLASSES
 from deploy.ports import Ports
 from deploy.server import TorchServe
 from deploy.state import KEY_FILE, SERVER_FILE, STATE_VARIABLE, find_server, state_folder
@@ -421,7 +421,7 @@ def test_it_is_killed_when_the_time_for_answers_and_for_the_stop_is_over(
     scene: Scene, behave: Behave, monkeypatch: pytest.MonkeyPatch, known: bool, at_least_s: float
 ) -> None:
     monkeypatch.setattr("deploy.server._STOP_TIMEOUT_S", 0.3)
-    monkeypatch.setattr("deploy.continuous.is_known_release", lambda: known)
+    monkeypatch.setattr("deploy.frontend_classes.is_known_release", lambda: known)
     behave("stubborn")
     with scene.server(drain_s=1.5 if known else 600) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
