@@ -9,6 +9,7 @@ own C++ wrapper.
 from __future__ import annotations
 
 import ctypes
+import json
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class CompiledContainer:
             compiled = [name for name in package.namelist() if _LIBRARY_FOLDER in name and not name.endswith("/")]
             libraries = [name for name in compiled if PurePosixPath(name).suffix == ".so"]
             others = [name for name in compiled if PurePosixPath(name).suffix not in (".so", *_HARMLESS)]
-            if len(libraries) != 1 or others:
+            if len(libraries) != 1 or others or _calls_torch(package, compiled):
                 return None
             with tempfile.TemporaryDirectory(prefix="torchport-pt2-") as folder:
                 library = Path(folder) / "model.so"
@@ -93,6 +94,15 @@ class CompiledContainer:
         )
         found: list[torch.Tensor] = self._from_capsules([_new_capsule(pointer, None, None) for pointer in outputs])
         return found
+
+
+def _calls_torch(package: zipfile.ZipFile, names: Sequence[str]) -> bool:
+    """Whether some operators have no C interface, and the library asks torch's loader to run them.
+
+    They are listed beside it; ``quantized::max_pool2d`` is one.
+    """
+    described = [json.loads(package.read(name)) for name in names if PurePosixPath(name).suffix == ".json"]
+    return any(document.get("nodes") for document in described)
 
 
 def _check(code: int) -> None:

@@ -1,6 +1,6 @@
 """Third-party architectures through every way to export them to a CPU.
 
-    python tests/benchmarks/architectures.py [--architecture NAME ...] [--format NAME ...] [--skip-pt2]
+    python tests/benchmarks/architectures.py [--architecture NAME ...] [--format NAME ...] [--precision NAME ...]
 
 Each architecture of third_party_factories.py, with random weights on which its outputs really depend, is converted,
 gated, packed, inspected with its golden samples replayed, and then compared with the library's own module once more,
@@ -17,6 +17,7 @@ Every combination ends in one of these words, which the table and the last line 
 """
 
 import argparse
+import csv
 import importlib.util
 import json
 import logging
@@ -76,6 +77,7 @@ COLUMNS = (
     ("onnx int8", "onnx", "int8", TRACE),
     ("pt2 fp32", "pt2", "fp32", TRACE),
     ("pt2 bf16", "pt2", "bf16", TRACE),
+    ("pt2 int8", "pt2", "int8", TRACE),
     ("eager fp32", "eager", "fp32", TRACE),
     ("eager bf16", "eager", "bf16", TRACE),
 )
@@ -181,10 +183,10 @@ class Subject:
             calibration=self._write_calibration(folder),
         )
 
-    def _write_calibration(self, folder: Path) -> Path | None:
-        """Random samples as the gates draw them, and others than those; for what has pictures or arrays."""
+    def _write_calibration(self, folder: Path) -> Path:
+        """Random samples as the gates draw them, and others than those: texts, pictures or arrays."""
         if self.signature.text is not None:
-            return None
+            return _write_texts(folder / "calibration.csv", self.signature.text.max_length)
         if self.signature.image is None:
             path = folder / "calibration.npz"
             longest = {name: axis.maximum for name, axis in self.signature.axes.items()}
@@ -311,6 +313,16 @@ def write_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.save(str(path))
+
+
+def _write_texts(path: Path, longest: int) -> Path:
+    generator = np.random.default_rng(77)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text"])
+        for _ in range(64):
+            writer.writerow(["".join(map(chr, generator.integers(33, 127, generator.integers(1, longest + 1))))])
+    return path
 
 
 def _variation(subject: Subject) -> float | None:
@@ -446,6 +458,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", action="append", metavar="NAME", help="one of them only")
     parser.add_argument("--format", action="append", choices=sorted({format for _, format, *_ in COLUMNS}))
+    parser.add_argument("--precision", action="append", choices=sorted({precision for _, _, precision, _ in COLUMNS}))
     parser.add_argument("--awkward", action="store_true", help="take the modules of awkward_modules.py instead")
     parser.add_argument("--in-process", action="store_true", help="convert in this process, which saves its imports")
     parser.add_argument("--skip-pt2", action="store_true", help="it compiles for up to a minute each time")
@@ -467,7 +480,9 @@ def main() -> None:
     columns = [
         column
         for column in COLUMNS
-        if (not options.format or column[1] in options.format) and not (options.skip_pt2 and column[1] == "pt2")
+        if (not options.format or column[1] in options.format)
+        and (not options.precision or column[2] in options.precision)
+        and not (options.skip_pt2 and column[1] == "pt2")
     ]
     offered = {(one.format, one.precision) for one in allowed("cpu")}
     assert offered == {(format, precision) for _, format, precision, _ in COLUMNS}, "COLUMNS is not what is offered"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from export.pt2e import quantized_module
 from handlers.backend import build_backend
 from handlers.calling import NamedModule
 from handlers.model import ServedModel
-from handlers.signature import Signature
+from handlers.signature import TENSOR, Signature
+from handlers.tensors import TensorSpec
 from models.convnet import build_conv_classifier
 from models.signature import text_classification_signature
 from models.text_encoder import build_text_classifier
@@ -213,6 +215,36 @@ def test_convolutions_become_int8_too_but_for_those_of_one_channel(signature: Si
         actual = torch.from_numpy(backend.run(batch)["logits"])
         # One step of a range more or less where kernels round otherwise.
         torch.testing.assert_close(actual, expected[size], rtol=0.0, atol=0.02)
+
+
+class Pooled(nn.Module):
+    """An operator between two layers of which there is no C interface in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 3, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(nn.functional.max_pool2d(self.first(image), 2)).mean((2, 3))
+
+
+def test_what_the_compiled_code_asks_torch_to_compute_is_computed(tmp_path: Path) -> None:
+    signature = Signature(
+        task=TENSOR,
+        inputs=(TensorSpec(name="image", dtype="float32", shape=("batch", 3, 16, 16), minimum=-1, maximum=1),),
+        outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 3)),),
+    )
+    module = Pooled().eval()
+    batch = random_batch(signature, 5)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(batch["image"]))
+    artifact = convert(module, signature, tmp_path, combination=INT8, calibration=random_samples(signature, 64))
+    with zipfile.ZipFile(tmp_path / artifact.file) as package:
+        (called,) = (name for name in package.namelist() if name.endswith(".wrapper.json"))
+        assert b"quantized::max_pool2d" in package.read(called)
+    backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
+    torch.testing.assert_close(torch.from_numpy(backend.run(batch)["logits"]), expected, rtol=0.0, atol=0.02)
 
 
 def layers(quantized: NamedModule, operator: str) -> list[torch.fx.Node]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from export.combinations import Combination
+from export.convert import convert
 from handlers.artifact import Artifact, ModuleSource
 from handlers.backend import build_backend
 from handlers.calling import NamedModule
@@ -302,6 +304,20 @@ class TestOnnx:
         outputs = load(built("onnx"), "onnx", signature=signature).run(batch)
         np.testing.assert_allclose(outputs["pooled"], expected(batch)["pooled"], rtol=1e-4, atol=1e-5)
 
+    def test_int8_products_do_not_overflow_on_processors_without_vnni(self, tmp_path):
+        # Two products of the largest bytes, 2 x 255 x 127, are beyond 16 bits.
+        layer = nn.Linear(64, 3, bias=False)
+        nn.init.ones_(layer.weight)
+        signature = Signature(
+            task=TENSOR,
+            inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 64), minimum=0, maximum=1),),
+            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 3)),),
+        )
+        int8 = Combination(format="onnx", precision="int8")
+        artifact = convert(layer.eval(), signature, tmp_path, combination=int8)
+        backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
+        np.testing.assert_allclose(backend.run({"x": np.ones((2, 64), np.float32)})["y"], 64, rtol=0.01)
+
     def test_another_provider_than_the_one_asked_for_is_refused(self, built, monkeypatch):
         import onnxruntime
 
@@ -361,6 +377,15 @@ class TestPt2:
         for size in [(1, 1), (2, 5), (7, 16), (64, 3)]:
             for name, array in loaders.run(arrays(*size)).items():
                 np.testing.assert_array_equal(direct.run(arrays(*size))[name], array)
+
+    def test_operators_that_only_torchs_loader_can_call_are_left_to_it(self, built, tmp_path):
+        path = tmp_path / FILES["pt2"]
+        shutil.copy(built("pt2") / FILES["pt2"], path)
+        with zipfile.ZipFile(path, "a") as package:
+            (library,) = (name for name in package.namelist() if name.endswith(".so"))
+            called = {"nodes": [{"name": "buf2", "node": {"target": "quantized::max_pool2d"}}]}
+            package.writestr(library.removesuffix(".so") + ".json", json.dumps(called))
+        assert CompiledContainer.of_package(path) is None
 
     @pytest.mark.parametrize("change", ["weights beside", "no library", "no shared library"])
     def test_packages_of_another_form_are_left_to_torchs_loader(self, built, tmp_path, change):
