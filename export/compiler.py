@@ -53,19 +53,20 @@ def compiling() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def conversion_error(error: Exception, *, format: str, method: str) -> ConversionError:
+def conversion_error(error: Exception, *, format: str, method: str, precision: str = "fp32") -> ConversionError:
     """One sentence for whatever a compiler raised about a user's model.
 
     Args:
         error: What it raised.
         format: The format asked for.
         method: ``trace``, ``script``, or the name of the exporter.
+        precision: The precision asked for.
     """
     if isinstance(error, ConversionError):
         return error
     if isinstance(error, BackendError):  # it knows the model's outputs, and says what to do
         return ConversionError(str(error))
-    hint = _remedy(error, format=format, method=method)
+    hint = _remedy(error, format=format, method=method, precision=precision)
     sentence = f"the model cannot be converted to {format} ({method}): {first_line(error)}"
     return ConversionError(f"{sentence}; {hint}" if hint else sentence)
 
@@ -81,7 +82,7 @@ def first_line(error: BaseException) -> str:
     return re.split(r"(?<=[a-z)])\. ", lines[0])[0][:_LONGEST_REASON].rstrip(" .;:") if lines else type(error).__name__
 
 
-def _remedy(error: Exception, *, format: str, method: str) -> str | None:
+def _remedy(error: Exception, *, format: str, method: str, precision: str) -> str | None:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno is not None:  # the system's: TorchScript raises some of its own
         return None
@@ -92,6 +93,9 @@ def _remedy(error: Exception, *, format: str, method: str) -> str | None:
             "the model's control flow depends on the values of its inputs: write it with torch.where or torch.cond, "
             "or use --format eager"
         )
+    if precision == "int8":  # which an eager artifact cannot be
+        others = [other for other in ("torchscript", "onnx") if other != format]
+        return f"use --format {' or --format '.join(others)}, or --precision fp32"
     if format in ("onnx", "pt2"):
         return "use --format torchscript or --format eager"
     return "use --format eager"

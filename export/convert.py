@@ -165,7 +165,7 @@ def convert(
         path.unlink(missing_ok=True)
         shutil.rmtree(folder / SOURCE_FOLDER, ignore_errors=True)
         how = {"torchscript": method, "eager": "state_dict"}.get(combination.format, "torch.export")
-        raise conversion_error(error, format=combination.format, method=how) from error
+        raise conversion_error(error, format=combination.format, method=how, precision=combination.precision) from error
     return Artifact(
         format=combination.format,
         precision=combination.precision,

@@ -88,13 +88,15 @@ def quantized_dynamically(graph: onnx.ModelProto) -> onnx.ModelProto:
 
     with tempfile.TemporaryDirectory(prefix="torchport-int8-") as temporary:
         source, target = Path(temporary) / "model.onnx", Path(temporary) / "int8.onnx"
-        source.write_bytes(_prepared(graph).SerializeToString(deterministic=True))
+        prepared = _prepared(graph)
+        source.write_bytes(prepared.SerializeToString(deterministic=True))
         quantize_dynamic(
             source,
             target,
             op_types_to_quantize=_DYNAMIC_OPERATORS,
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=_shares_weights(prepared, _DYNAMIC_OPERATORS),
             # What comes out of fused operators, whose types only ONNX Runtime could infer.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
@@ -132,6 +134,7 @@ def quantized_statically(graph: onnx.ModelProto, samples: Sequence[TensorBatch])
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
+                reduce_range=_shares_weights(onnx.load(ready), _STATIC_OPERATORS),
             )
         except Exception as error:  # ONNX Runtime's exception classes share no base below Exception
             raise ConversionError(
@@ -182,6 +185,20 @@ def _prepared(graph: onnx.ModelProto) -> onnx.ModelProto:
             ready.graph.initializer.append(own)
             node.input[1] = own.name
     return ready
+
+
+def _shares_weights(graph: onnx.ModelProto, operators: Sequence[str]) -> bool:
+    """Whether two operators that are quantised have the same weights.
+
+    Without VNNI, 16 bits overflow with bytes of 8 bits, and the backend lets ONNX Runtime turn weights into a type that
+    has other kernels. It cannot do that twice with the same weights (1.31: "Attempt to replace the existing tensor").
+    With weights of 7 bits nothing overflows, and nothing need be turned.
+    """
+    weights = {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) > 1}
+    uses = Counter(
+        name for node in graph.graph.node if node.op_type in operators for name in node.input if name in weights
+    )
+    return any(count > 1 for count in uses.values())
 
 
 def _require_int8(graph: onnx.ModelProto, *operators: str) -> None:

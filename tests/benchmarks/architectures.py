@@ -253,7 +253,7 @@ class Subject:
         for spec in self.signature.inputs:
             longest = [max(one[axis] for one in sizes) if isinstance(axis, str) else axis for axis in spec.shape[1:]]
             array = np.full((len(sizes), *longest), spec.padding or 0, dtype=spec.dtype)
-            usual = (0.0, 1.0) if spec.dtype == "bool" else (-1.0, 1.0)
+            usual = (0.0, 1.0) if spec.dtype == "bool" else self._pixels()
             low = usual[0] if spec.minimum is None else spec.minimum
             high = usual[1] if spec.maximum is None else spec.maximum
             for i, one in enumerate(sizes):
@@ -265,6 +265,14 @@ class Subject:
                 )
             batch[spec.name] = array
         return batch
+
+    def _pixels(self) -> tuple[float, float]:
+        """The lowest and the highest number that a picture's bytes become; -1 and 1 for other tensors."""
+        image = self.signature.image
+        if image is None:
+            return (-1.0, 1.0)
+        ends = [(end - mean) / std for mean, std in zip(image.mean, image.std, strict=True) for end in (0.0, 1.0)]
+        return (min(ends), max(ends))
 
     def compare(self, served: ServedModel) -> Differences:
         """Hold a loaded artifact against the library, padding cut off."""

@@ -1,31 +1,29 @@
 """Images behind torchport and its peers: the model, its archives, and the comparison, in one command.
 
-    python tests/benchmarks/serving_images.py FOLDER [options of `torchport compare`]
+    python tests/benchmarks/serving_images.py FOLDER [--serve WHAT] [options of `torchport compare`]
 
     python tests/benchmarks/serving_images.py /tmp/images --peers mosec,litserve --users 1,64 --rounds 5
-    python tests/benchmarks/serving_images.py /tmp/images --best --peers none --users 64
+    python tests/benchmarks/serving_images.py /tmp/images --serve best --peers none --users 64
 
 The model is the convolutional classifier of `models/` with six stages (83 million multiply-adds, 3 to 6 ms an image of
 3 x 224 x 224 on one core: the class of a MobileNetV3), random weights made to disagree about the pictures, ten classes.
 The archives are made once, by `torchport export`, from generated photographs which the fp32 model itself labels:
-`images.mar`, fp32 TorchScript, is what everybody runs; with `--best` torchport serves `images-best.mar`, the fastest
-that passes its gates here, and the peers still run the other.
+fp32 TorchScript is what everybody runs; with `--serve best` torchport serves the fastest that passes its gates here,
+and the peers still run the other.
 
 Requests are 64 generated JPEG photographs of 224 x 224, quality 90, 10 to 22 kB: the raw body, image/jpeg.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from serving_archives import Subject, compare
 
 from loadtest.pictures import generate_pictures
 from models.convnet import ConvClassifier, build_conv_classifier
@@ -41,41 +39,19 @@ SPREAD = 6.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the archives and reports go; made when missing")
-    parser.add_argument("--best", action="store_true", help="torchport serves the fastest artifact that passes")
-    arguments, options = parser.parse_known_args()
-    store = arguments.folder / "store"
-    plain, best = store / "images.mar", store / "images-best.mar"
-    if not plain.exists():
-        make_inputs(arguments.folder)
-        export(arguments.folder, "--name", "images", "--format", "torchscript", "--precision", "fp32")
-    if arguments.best and not best.exists():
-        matrix = ("--calibration", str(arguments.folder / "pictures"), "--report", str(arguments.folder / "matrix"))
-        export(arguments.folder, "--name", "images-best", "--best", *matrix)
-    served = ["--reference", str(plain)] if arguments.best else []
-    report = arguments.folder / ("report-best" if arguments.best else "report")
-    command = ["compare", str(best if arguments.best else plain), *served, "--pictures", f"{SIZE}x{SIZE}"]
-    sys.exit(torchport(*command, "--out", str(report), *options))
+    subject = Subject(
+        name="images",
+        factory="models.convnet:build_conv_classifier",
+        write=write,
+        evaluation="pictures",
+        calibration="pictures",
+        requests=("--pictures", f"{SIZE}x{SIZE}"),
+    )
+    compare(subject, __doc__.splitlines()[0])
 
 
-def torchport(*words: str) -> int:
-    return subprocess.run([sys.executable, "-m", "torchport", *words], check=False).returncode
-
-
-def export(folder: Path, *options: str) -> None:
-    """Export with this project's own road; its gates judge."""
-    words = [str(folder / "weights.pt"), "--model", "models.convnet:build_conv_classifier"]
-    words += ["--config", str(folder / "config.json"), "--signature", str(folder / "signature.yaml")]
-    words += ["--eval", str(folder / "pictures")]
-    words += ["--out", str(folder / "store")]
-    if torchport("export", *words, *options):
-        sys.exit("the export failed")
-
-
-def make_inputs(folder: Path) -> None:
+def write(folder: Path) -> None:
     """Weights, signature, and pictures in a folder a label."""
-    folder.mkdir(parents=True, exist_ok=True)
     model = fit(generate_pictures(FITTED, height=SIZE, width=SIZE, seed=SEED))
     torch.save(model.state_dict(), folder / "weights.pt")
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")

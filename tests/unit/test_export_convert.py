@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from export.calibration import write_calibration
 from export.combinations import Combination
+from export.compiler import conversion_error
 from export.convert import convert, convert_in_fresh_process
 from export.errors import ConversionError
 from export.inputs import random_batch, random_samples
@@ -467,6 +468,20 @@ def test_a_model_that_cannot_be_converted_gives_one_sentence_with_a_remedy(
     assert "\n" not in str(caught.value)
     assert remedy in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "remedy"),
+    [
+        ("pt2", "fp32", "use --format torchscript or --format eager"),
+        ("pt2", "int8", "use --format torchscript or --format onnx, or --precision fp32"),
+        ("onnx", "int8", "use --format torchscript, or --precision fp32"),
+        ("torchscript", "int8", "use --format onnx, or --precision fp32"),
+    ],
+)
+def test_the_remedy_is_offered_in_the_precision_asked_for(format: str, precision: str, remedy: str) -> None:
+    error = conversion_error(TypeError("no kernel"), format=format, method="its compiler", precision=precision)
+    assert str(error) == f"the model cannot be converted to {format} (its compiler): no kernel; {remedy}"
 
 
 def test_what_is_not_offered_is_refused_before_anything_is_read(tmp_path: Path) -> None:

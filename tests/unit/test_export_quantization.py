@@ -40,6 +40,20 @@ class Twice(nn.Module):
         return self.linear(torch.relu(self.linear(x)))
 
 
+class Layers(nn.Module):
+    """Products of three-dimensional values, with weights of their own or with the same."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 16)
+        self.second = self.first if shared else nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(self.first(x.unsqueeze(1)))).squeeze(1)
+        return y
+
+
 class NoLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
@@ -116,6 +130,19 @@ class TestNumbers:
         actual = outputs(tmp_path, VECTOR, Twice().eval(), [], 5)
         torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.03)
         assert "MatMulInteger" in operators(tmp_path)
+
+    @pytest.mark.parametrize(("shared", "largest"), [(True, 64), (False, 127)])
+    def test_weights_of_several_products_have_7_bits_which_overflow_nowhere(
+        self, tmp_path: Path, shared: bool, largest: int
+    ) -> None:
+        module = Layers(shared=shared).eval()
+        with torch.no_grad():
+            expected = module(torch.from_numpy(random_batch(VECTOR, 5)["x"]))
+        torch.testing.assert_close(outputs(tmp_path, VECTOR, module, [], 5), expected, rtol=0.03, atol=0.03)
+        tensors = map(onnx.numpy_helper.to_array, onnx.load(tmp_path / "model.onnx").graph.initializer)
+        weights = [values for values in tensors if values.shape == (16, 16)]
+        assert len(weights) == (1 if shared else 2)
+        assert {int(np.abs(values.astype(int)).max()) for values in weights} == {largest}
 
     def test_the_weights_are_bytes_with_a_scale_for_each_channel(self, tmp_path: Path) -> None:
         convert(Twice().eval(), VECTOR, tmp_path, combination=INT8_ONNX)
