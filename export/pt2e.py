@@ -51,7 +51,7 @@ def quantized_module(
     # Without VNNI, products of bytes are added up in 16 bits, and overflow unless one of the two is of 7 bits.
     ranges = quantizer.get_default_x86_inductor_quantization_config(reduce_range=not torch.cpu._is_vnni_supported())
     graph = export_program(module, signature, example).exported.module(check_guards=False)
-    kinds = quantizer.X86InductorQuantizer().set_global(ranges)
+    kinds = _of_floats(quantizer.X86InductorQuantizer).set_global(ranges)
     for name in _show_layers(graph):
         kinds.set_module_name_qconfig(name, None)
     try:
@@ -101,6 +101,31 @@ def _show_layers(graph: torch.fx.GraphModule) -> list[str]:
             exact.append(node.name)
     graph.recompile()
     return exact
+
+
+def _of_floats(quantizer: Any) -> Any:
+    """A quantiser that leaves whole numbers alone: this one asks for the ranges of position ids that are added up.
+
+    Args:
+        quantizer: The class ``X86InductorQuantizer``.
+    """
+    key = _torchao("quantizer.quantizer").Q_ANNOTATION_KEY
+
+    class OfFloats(quantizer):  # type: ignore[misc]
+        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+            annotated: torch.fx.GraphModule = super().annotate(model)
+            for node in annotated.graph.nodes:
+                annotation = node.meta.get(key)
+                if annotation is not None and not all(map(_is_float, (node, *annotation.input_qspec_map))):
+                    del node.meta[key]
+            return annotated
+
+    return OfFloats()
+
+
+def _is_float(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point()
 
 
 def _torchao(name: str) -> Any:

@@ -229,6 +229,20 @@ class Pooled(nn.Module):
         return self.last(nn.functional.max_pool2d(self.first(image), 2)).mean((2, 3))
 
 
+def test_whole_numbers_that_are_added_up_stay_whole() -> None:
+    signature = Signature(
+        task=TENSOR,
+        inputs=(TensorSpec(name="ids", dtype="int64", shape=("batch", 8), minimum=1, maximum=50),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 3)),),
+    )
+    module = Positions().eval()
+    ids = torch.from_numpy(random_batch(signature, 5)["ids"])
+    with compiling():
+        named = NamedModule(module, ["ids"], ["y"]).eval()
+        quantized = quantized_module(named, signature, [ids], random_samples(signature, 64))
+        torch.testing.assert_close(quantized(ids)[0], module(ids), rtol=0.0, atol=0.02)
+
+
 def test_what_the_compiled_code_asks_torch_to_compute_is_computed(tmp_path: Path) -> None:
     signature = Signature(
         task=TENSOR,
@@ -278,6 +292,19 @@ class Own(nn.Linear):
 class OnlyTanh(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
+
+
+class Positions(nn.Module):
+    """Whole numbers that are added up before they become anything that has a range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.linear = nn.Embedding(64, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.embedding(ids + ids.ne(0).cumsum(1)).mean(1))
+        return y
 
 
 class Double(nn.Module):
