@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 
@@ -79,7 +80,15 @@ def first_line(error: BaseException) -> str:
     if lines and lines[0].startswith("Constraints violated") and listed:
         lines = listed
     # One sentence of it: what follows is advice to callers of the compiler.
-    return re.split(r"(?<=[a-z)])\. ", lines[0])[0][:_LONGEST_REASON].rstrip(" .;:") if lines else type(error).__name__
+    if not lines:
+        return f"{type(error).__name__}{_place(error)}"
+    return re.split(r"(?<=[a-z)])\. ", lines[0])[0][:_LONGEST_REASON].rstrip(" .;:")
+
+
+def _place(error: BaseException) -> str:
+    """Where an error without words was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" in {frames[-1].name}" if frames else ""
 
 
 def _remedy(error: Exception, *, format: str, method: str, precision: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 DIGITS, TICKETS, MIXER = "digits", "tickets", "mixer"
 EARLIER = "tickets-earlier"
-FORMATS = {"ts": "torchscript", "onnx": "onnx"}
+FORMATS = {"ts": "torchscript", "onnx": "onnx", "pt2": "pt2"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,7 +296,7 @@ FAULTS: tuple[Fault, ...] = (
     *_as("wrong mean", DIGITS, "onnx-int8", checkpoint=_image(mean=[0.45])),
     *_as("wrong std", DIGITS, "ts-fp32", checkpoint=_image(std=[0.45])),
     *_as("zeroed channels", DIGITS, "onnx-int8", module=weights(_zero_channel)),
-    *_as("sign of one row", DIGITS, "ts-int8 onnx-int8", module=weights(_flip_row)),
+    *_as("sign of one row", DIGITS, "ts-int8 onnx-int8 pt2-int8", module=weights(_flip_row)),
     *_as("missing bias", DIGITS, "onnx-fp32", module=weights(_no_bias("classifier"))),
     *_as(
         "leaky activation", DIGITS, "ts-fp32", module=weights(lambda m: _replace(m, nn.ReLU, lambda _: nn.LeakyReLU()))
@@ -306,9 +306,9 @@ FAULTS: tuple[Fault, ...] = (
     *_as("first row for all", DIGITS, "onnx-int8", module=after(_first_row_again)),
     *_as("int8 scale 1.5 times", DIGITS, "onnx-int8", graph=_scale_of(0, 1.5)),
     *_as("stale checkpoint", TICKETS, "ts-int8 onnx-fp32", run=EARLIER),
-    *_as("layers swapped", TICKETS, "ts-fp32 onnx-int8", module=weights(_swap_layers)),
+    *_as("layers swapped", TICKETS, "ts-fp32 onnx-int8 pt2-int8", module=weights(_swap_layers)),
     *_as("layer norm eps 1e-3", TICKETS, "ts-fp32 onnx-fp32", module=weights(_set_eps(nn.LayerNorm, 1e-3))),
-    *_as("dropped mask", TICKETS, "ts-int8 onnx-fp32", module=before(lambda i, m: (i, m | 1))),
+    *_as("dropped mask", TICKETS, "ts-int8 onnx-fp32 pt2-int8", module=before(lambda i, m: (i, m | 1))),
     *_as(
         "GELU by tanh",
         TICKETS,
@@ -320,7 +320,12 @@ FAULTS: tuple[Fault, ...] = (
     ),
     *_as("softmax in place of logits", TICKETS, "ts-int8 onnx-fp32", module=after(lambda y: y.softmax(1))),
     *_as("positions past 32 alike", TICKETS, "ts-fp32 onnx-int8", module=weights(_no_position_past(32))),
-    *_as("token ids off by one", TICKETS, "ts-int8 onnx-int8", module=before(lambda i, m: ((i + 1).clamp(max=500), m))),
+    *_as(
+        "token ids off by one",
+        TICKETS,
+        "ts-int8 onnx-int8 pt2-int8",
+        module=before(lambda i, m: ((i + 1).clamp(max=500), m)),
+    ),
     *_as("heads swapped", TICKETS, "ts-fp32 onnx-fp32", module=weights(_swap_heads)),
     *_as("attention not scaled", TICKETS, "ts-int8 onnx-fp32", module=weights(_head_scale)),
     *_as("first token in place of the mean", TICKETS, "ts-int8 onnx-int8", module=FirstToken),
@@ -343,7 +348,12 @@ FAULTS: tuple[Fault, ...] = (
     *_as("sign of one row", MIXER, "ts-fp32 ts-int8 onnx-int8", module=weights(_negate)),
     *_as("missing bias", MIXER, "ts-fp32", module=weights(_no_bias("lift"))),
     *_as("mask ignored", MIXER, "onnx-fp32 ts-int8", module=before(lambda s, m, c: (s, m | 1, c))),
-    *_as("context of the first for all", MIXER, "onnx-int8", module=before(lambda s, m, c: (s, m, c[:1].expand_as(c)))),
+    *_as(
+        "context of the first for all",
+        MIXER,
+        "onnx-int8",
+        module=before(lambda s, m, c: (s, m, c[:1].expand_as(c))),
+    ),
     *_as(
         "infinite scores",
         MIXER,

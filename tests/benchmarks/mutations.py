@@ -63,7 +63,7 @@ class Clean:
 
 
 def clean_exports() -> tuple[Clean, ...]:
-    """Trained and fresh models of several sizes, in every combination of a CPU that needs no compiler."""
+    """Trained and fresh models of several sizes, in every combination of a CPU that needs no compiler, and int8 pt2."""
     kinds = [
         ("torchscript", "fp32"),
         ("torchscript", "bf16"),
@@ -76,6 +76,7 @@ def clean_exports() -> tuple[Clean, ...]:
         for subject in (DIGITS, TICKETS)
         for format, precision in kinds
     ]
+    exports += [Clean(name="trained", subject=subject, format="pt2", precision="int8") for subject in (DIGITS, TICKETS)]
     sizes: dict[str, list[dict[str, Any]]] = {
         DIGITS: [{"widths": [8]}, {"widths": [16, 32, 64], "blocks_per_stage": 3}],
         TICKETS: [{"hidden_dim": 32, "num_layers": 1}, {"hidden_dim": 128, "num_layers": 6, "intermediate_dim": 512}],
@@ -221,7 +222,8 @@ def check(
         warnings.simplefilter("ignore")
         folder = Path(temporary)
         try:
-            samples = _calibration(prepared, folder) if (format, precision) == ("onnx", "int8") else []
+            calibrated = precision == "int8" and format in ("onnx", "pt2")
+            samples = _calibration(prepared, folder) if calibrated else []
             artifact = convert(module, checkpoint.signature, folder, combination=combination, calibration=samples)
             if fault is not None and fault.graph is not None:
                 graph = onnx.load(folder / artifact.file)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from export.calibration import write_calibration
 from export.combinations import Combination
-from export.compiler import conversion_error
+from export.compiler import conversion_error, first_line
 from export.convert import convert, convert_in_fresh_process
 from export.errors import ConversionError
 from export.inputs import random_batch, random_samples
@@ -482,6 +482,16 @@ def test_a_model_that_cannot_be_converted_gives_one_sentence_with_a_remedy(
 def test_the_remedy_is_offered_in_the_precision_asked_for(format: str, precision: str, remedy: str) -> None:
     error = conversion_error(TypeError("no kernel"), format=format, method="its compiler", precision=precision)
     assert str(error) == f"the model cannot be converted to {format} (its compiler): no kernel; {remedy}"
+
+
+def test_an_error_without_words_says_where_it_was_raised() -> None:
+    def fuse() -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as caught:
+        fuse()
+    assert first_line(caught.value) == "AssertionError in fuse"
+    assert first_line(AssertionError()) == "AssertionError"
 
 
 def test_what_is_not_offered_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def subjects(mutations: Any, scratch: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_the_catalogue_has_thirty_faults_and_more_clean_exports(mutations: Any) -> None:
     assert len({fault.name for fault in mutations.FAULTS}) >= 30
-    assert len({(fault.format, fault.precision) for fault in mutations.FAULTS}) == 4
+    assert len({(fault.format, fault.precision) for fault in mutations.FAULTS}) == 5
     assert len(mutations.clean_exports()) >= 30
 
 
