@@ -1,7 +1,8 @@
 """Classes of TorchServe's frontend that are ours, put where Java finds them before its own.
 
 One hands out requests in continuous serving (``frontend/AsyncBatchAggregator.java``). Three let the frontend answer
-what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``). See docs/decisions/014.
+what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``), and one answers broken
+forms with 400 (``frontend/ClientErrors.java``). See docs/decisions/014.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _STOCK_SHA256 = {
     f"{_PACKAGE}/ServerInitializer.class": "096cdc16ec94359c5bafd0fddf4443e3d9a8c7656863d0b57bf1586fd2f8f700",
     f"{_PACKAGE}/util/ServerGroups.class": "8c4327920bcaae8e5f6a9f9b6ec5c028515e95752140a4c74e43ebe29db3ef65",
 }
-# The fourth takes nobody's place.
-CLASSES = (*_STOCK_SHA256, f"{_PACKAGE}/Exchanges.class")
+# These take nobody's place.
+CLASSES = (*_STOCK_SHA256, f"{_PACKAGE}/Exchanges.class", f"{_PACKAGE}/ClientErrors.class")
 _OURS = Path(__file__).parent / "frontend"
 
 

@@ -81,6 +81,9 @@ def compare(
         int | None,
         typer.Option(help="Threads of one batch, in all systems and the limit.", show_default="what the archive says"),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that compute, in all systems; FastAPI has threads on all cores.")
+    ] = 1,
     cores: Annotated[
         int | None,
         typer.Option(help="Bind servers and client to so many cores together.", show_default="all, not bound"),
@@ -116,6 +119,7 @@ def compare(
             warm_up_s=warm_up,
             rounds=rounds,
             threads=ours.threads if threads is None else threads,
+            workers=workers,
             cores=cores,
             seed=seed,
         )
@@ -162,7 +166,7 @@ def command_of(plan: ComparePlan, environment: Mapping[str, str]) -> list[str]:
     words += ["torchport", "compare", str(plan.archive), "--peers", ",".join(plan.peers) or "none"]
     words += ["--users", ",".join(map(str, plan.users)), "--duration", f"{plan.duration_s:g}"]
     words += ["--warm-up", f"{plan.warm_up_s:g}", "--rounds", str(plan.rounds), "--threads", str(plan.threads)]
-    words += ["--seed", str(plan.seed)]
+    words += ["--workers", str(plan.workers), "--seed", str(plan.seed)]
     return words if plan.cores is None else [*words, "--cores", str(plan.cores)]
 
 

@@ -28,6 +28,7 @@ class ComparePlan:
         warm_up_s: Load before that, not counted: connections, caches and adaptive batching settle.
         rounds: How often every system takes its turn.
         threads: Threads of one batch, in all systems and in the limit.
+        workers: Processes that compute, in all systems; the limit has one.
         cores: Cores for all of it, client included; None for all that this process may use.
         seed: Decides the generated requests and the order in which requests are sent.
         timeout_s: A request without an answer after this long has failed.
@@ -47,6 +48,7 @@ class ComparePlan:
     warm_up_s: float = DEFAULT_WARM_UP_S
     rounds: int = DEFAULT_ROUNDS
     threads: int = 1
+    workers: int = 1
     cores: int | None = None
     seed: int = 0
     timeout_s: float = 10.0
@@ -55,7 +57,12 @@ class ComparePlan:
     max_stall_s: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, value in (("--duration", self.duration_s), ("--rounds", self.rounds), ("--threads", self.threads)):
+        for option, value in (
+            ("--duration", self.duration_s),
+            ("--rounds", self.rounds),
+            ("--threads", self.threads),
+            ("--workers", self.workers),
+        ):
             if not (math.isfinite(value) and value > 0):
                 raise PlanError(f"{option} is {value}: give a number greater than 0")
         if not (math.isfinite(self.warm_up_s) and self.warm_up_s >= 0):

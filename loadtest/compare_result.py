@@ -210,7 +210,7 @@ class Comparison:
             "systems": {
                 system.name: {
                     "title": system.title,
-                    "batching": system.describe(files=self.files),
+                    "batching": system.describe(files=self.files, workers=self.plan.workers),
                     "failure": self.failures.get(system.name),
                     "users": {
                         str(users): asdict(cell)

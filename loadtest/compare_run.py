@@ -133,6 +133,7 @@ class Run:
             folder=self._reference.folder,
             name=self._archive.name,
             threads=plan.threads,
+            workers=plan.workers,
             body=self._bodies[0],
             files=self._files,
             expected=expected[0],

@@ -74,6 +74,7 @@ class Model:
         folder: The extracted archive, for the peers.
         name: The model's name in the archive.
         threads: Threads of one batch.
+        workers: Processes that compute.
         body: One request.
         files: Whether requests are files as they are, instead of JSON.
         expected: What a right answer to it says.
@@ -83,6 +84,7 @@ class Model:
     folder: Path
     name: str
     threads: int
+    workers: int
     body: Payload
     files: bool
     expected: Expected
@@ -109,10 +111,15 @@ def serving(system: System, model: Model, python: Path | None) -> Iterator[Endpo
         if system.module:
             interpreter = python or Path(sys.executable)
             command = system.peer_command(
-                interpreter, folder=model.folder, port=port, threads=model.threads, files=model.files
+                interpreter,
+                folder=model.folder,
+                port=port,
+                threads=model.threads,
+                workers=model.workers,
+                files=model.files,
             )
         else:
-            command = serve_command(model.archive.absolute())
+            command = serve_command(model.archive.absolute(), workers=model.workers)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

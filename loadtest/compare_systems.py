@@ -18,7 +18,7 @@ class System:
     Attributes:
         name: What options and results call it.
         title: What people call it.
-        batching: How it makes batches, for the report.
+        batching: How it makes batches, for the report; ``{workers}`` stands for how many workers it has.
         decoding: Where it decodes what comes as a file, for the report.
         form_field: The field of a multipart form that it takes files in; empty for a file as the whole body.
         path: Where it answers; empty for torchport, whose path has the model's name.
@@ -39,13 +39,15 @@ class System:
     options: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
 
-    def describe(self, *, files: bool) -> str:
+    def describe(self, *, files: bool, workers: int = 1) -> str:
         """How it serves, in words.
 
         Args:
             files: Whether it gets files.
+            workers: How many workers it has.
         """
-        return f"{self.batching}; {self.decoding}" if files and self.decoding else self.batching
+        batching = self.batching.format(workers="one worker" if workers == 1 else f"{workers} workers")
+        return f"{batching}; {self.decoding}" if files and self.decoding else batching
 
     def envelope(self, body: Payload, *, files: bool) -> Payload:
         """The body that it gets: the same bytes as all, in a form if it takes files in no other way."""
@@ -60,7 +62,9 @@ class System:
             content_type=f"multipart/form-data; boundary={_BOUNDARY}",
         )
 
-    def peer_command(self, python: Path, *, folder: Path, port: int, threads: int, files: bool) -> list[str]:
+    def peer_command(
+        self, python: Path, *, folder: Path, port: int, threads: int, workers: int, files: bool
+    ) -> list[str]:
         """The command line of a peer.
 
         Args:
@@ -68,11 +72,13 @@ class System:
             folder: The extracted archive that it serves.
             port: Where it listens.
             threads: Threads of one batch.
+            workers: Processes that compute, each with a model of its own.
             files: Whether requests are files as they are, instead of JSON.
         """
         # -P: a folder such as models/ where the user stands must not be taken for ours.
         command = [str(python), "-P", "-m", f"loadtest.peers.{self.module}"]
-        command += ["--folder", str(folder), "--port", str(port), "--threads", str(threads)]
+        command += ["--folder", str(folder), "--port", str(port)]
+        command += ["--threads", str(threads), "--workers", str(workers)]
         return [*command, *(["--files"] if files else []), *self.options]
 
 
@@ -82,7 +88,7 @@ SYSTEMS = {
         System(
             name=TORCHPORT,
             title="torchport",
-            batching="`torchport serve` with the archive as it is",
+            batching="`torchport serve` with the archive as it is, {workers}",
             decoding="decoded by its worker, beside computing",
             path="",
             versions=("torchserve", "torch"),
@@ -90,7 +96,7 @@ SYSTEMS = {
         System(
             name="torchserve",
             title="TorchServe, stock",
-            batching="plain handler, batches of 32 in arrival order, delay 10 ms, torchport's quiet log",
+            batching="plain handler, {workers}, batches of 32 in arrival order, delay 10 ms, torchport's quiet log",
             decoding="decoded in the handler, a batch at a time",
             path="/predictions/peer",
             module="peer_torchserve",
@@ -100,7 +106,7 @@ SYSTEMS = {
         System(
             name="torchserve-defaults",
             title="TorchServe, defaults",
-            batching="plain handler, batches of 32 in arrival order, delay 10 ms, its own log",
+            batching="plain handler, {workers}, batches of 32 in arrival order, delay 10 ms, its own log",
             decoding="decoded in the handler, a batch at a time",
             path="/predictions/peer",
             module="peer_torchserve",
@@ -109,7 +115,7 @@ SYSTEMS = {
         System(
             name="litserve",
             title="LitServe",
-            batching="one worker, batches of 32 in arrival order, timeout 10 ms, fast queue",
+            batching="{workers}, batches of 32 in arrival order, timeout 10 ms, fast queue",
             decoding="decoded in decode_request, by the worker before it computes a batch",
             module="peer_litserve",
             packages=("litserve",),
@@ -118,7 +124,7 @@ SYSTEMS = {
         System(
             name="mosec",
             title="Mosec",
-            batching="one worker, batches of 32 in arrival order, wait 10 ms",
+            batching="{workers}, batches of 32 in arrival order, wait 10 ms",
             decoding="decoded in a stage of its own with two processes, as in its ResNet example",
             path="/inference",
             module="peer_mosec",
@@ -128,7 +134,7 @@ SYSTEMS = {
         System(
             name="bentoml",
             title="BentoML",
-            batching="one worker, adaptive batches of at most 32 in arrival order",
+            batching="{workers}, adaptive batches of at most 32 in arrival order",
             decoding="files in a multipart form, which its batching needs; decoded by the worker, a batch at a time",
             form_field="images",
             module="peer_bentoml",
@@ -138,7 +144,7 @@ SYSTEMS = {
         System(
             name="ray",
             title="Ray Serve",
-            batching="one replica, batches of 32 in arrival order, wait 10 ms",
+            batching="{workers}, batches of 32 in arrival order, wait 10 ms",
             decoding="decoded in __call__, before a batch is made",
             module="peer_ray",
             packages=("ray[serve]",),
@@ -178,6 +184,7 @@ def parse_peers(text: str) -> tuple[str, ...]:
     return names
 
 
-def serve_command(archive: Path) -> list[str]:
+def serve_command(archive: Path, *, workers: int) -> list[str]:
     """The command line of torchport's own server, on ports that it finds free."""
-    return [sys.executable, "-P", "-m", "torchport", "serve", str(archive), "--port", "0"]
+    command = [sys.executable, "-P", "-m", "torchport", "serve", str(archive), "--port", "0"]
+    return [*command, "--workers", str(workers)]

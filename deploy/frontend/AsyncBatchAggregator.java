@@ -1,6 +1,7 @@
 package org.pytorch.serve.wlm;
 
 import java.lang.reflect.Field;
+import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
@@ -26,7 +27,7 @@ import org.slf4j.LoggerFactory;
  * keeps the requests that a worker holds in a LinkedHashMap which two threads change, so it loses one now and then;
  * never answers those that a worker held when it died; hands over any number of them; and one in each message. This
  * one answers them all, holds at most as many as the model's batchSize, and sends whatever has arrived together,
- * without waiting for more.
+ * without waiting for more. Of a model's workers, the one that holds the fewest takes what comes next.
  */
 public class AsyncBatchAggregator extends BatchAggregator {
     private static final Logger logger = LoggerFactory.getLogger(AsyncBatchAggregator.class);
@@ -34,6 +35,8 @@ public class AsyncBatchAggregator extends BatchAggregator {
     // Of one message: the worker begins to read a request only when it has the whole of it.
     private static final int MOST_IN_MESSAGE = 16;
     private static final int CHECKED_EVERY_S = 1;
+    // The longest that a worker leaves a request to another one, which may have ended since.
+    private static final int TURN_MS = 20;
     // Milliseconds that a request has waited here; deadlines count from when it came.
     private static final String QUEUED_HEADER = "torchport-queued-ms";
     private static final String STREAM_NEXT_HEADER = "ts_stream_next";
@@ -61,11 +64,12 @@ public class AsyncBatchAggregator extends BatchAggregator {
         }
         ModelInferenceRequest request = new ModelInferenceRequest(model.getModelName());
         Job first = firstJob();
+        int share = Math.min(share(), MOST_IN_MESSAGE);
         add(first, request);
         if (isAlone(first)) {
             return request;
         }
-        for (int i = 1; i < MOST_IN_MESSAGE && room.tryAcquire(); i++) {
+        for (int i = 1; i < share && room.tryAcquire(); i++) {
             Job job = queue.poll();
             while (job != null && isLate(job)) {
                 job = queue.poll();
@@ -115,6 +119,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
         try {
             while (job == null) {
                 checkConnected();
+                awaitTurn();
                 job = queue.poll(CHECKED_EVERY_S, TimeUnit.SECONDS);
                 if (job != null && isLate(job)) {
                     job = null;
@@ -128,10 +133,66 @@ public class AsyncBatchAggregator extends BatchAggregator {
         return job;
     }
 
+    /**
+     * Lets workers that hold fewer requests take the next one, for a moment.
+     *
+     * <p>Otherwise one worker may hold what would keep another one busy: what came cannot be taken back.
+     */
+    private void awaitTurn() throws InterruptedException {
+        long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(TURN_MS);
+        synchronized (queue) {
+            while (fewestOfOthers() < held.size()) {
+                long leftMs = TimeUnit.NANOSECONDS.toMillis(end - System.nanoTime());
+                if (leftMs <= 0) {
+                    return;
+                }
+                queue.wait(leftMs);
+            }
+        }
+    }
+
+    /** How many requests the least busy of the other workers holds; of none that is not ready for more. */
+    private int fewestOfOthers() {
+        int fewest = Integer.MAX_VALUE;
+        for (AsyncBatchAggregator other : others()) {
+            fewest = Math.min(fewest, other.held.size());
+        }
+        return fewest;
+    }
+
+    /** How many requests this worker may take, the one it has taken included, so that all hold about as many. */
+    private int share() {
+        List<AsyncBatchAggregator> others = others();
+        int all = queue.size() + 1 + held.size();
+        for (AsyncBatchAggregator other : others) {
+            all += other.held.size();
+        }
+        int workers = others.size() + 1;
+        return (all + workers - 1) / workers - held.size();
+    }
+
+    /** Those of the model's other workers that can take requests. */
+    private List<AsyncBatchAggregator> others() {
+        List<AsyncBatchAggregator> others = new ArrayList<>();
+        for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
+            if (worker.aggregator != this
+                    && worker.aggregator instanceof AsyncBatchAggregator
+                    && worker.getState() == WorkerState.WORKER_MODEL_LOADED
+                    && isConnected(worker)
+                    && ((AsyncBatchAggregator) worker.aggregator).room.availablePermits() > 0) {
+                others.add((AsyncBatchAggregator) worker.aggregator);
+            }
+        }
+        return others;
+    }
+
+    private static boolean isConnected(WorkerThread worker) {
+        return !worker.backendChannel.isEmpty() && worker.backendChannel.get(0).isActive();
+    }
+
     private void checkConnected() throws InterruptedException {
         WorkerThread worker = worker();
-        if (worker != null
-                && (worker.backendChannel.isEmpty() || !worker.backendChannel.get(0).isActive())) {
+        if (worker != null && !isConnected(worker)) {
             throw new InterruptedException("The worker is gone");
         }
     }
@@ -156,6 +217,14 @@ public class AsyncBatchAggregator extends BatchAggregator {
         // Before the worker can know of it, and so before it can answer.
         held.put(job.getJobId(), job);
         request.addRequest(job.getPayload());
+        passTurn();
+    }
+
+    /** Lets whoever waits for its turn look again. */
+    private void passTurn() {
+        synchronized (queue) {
+            queue.notifyAll();
+        }
     }
 
     /** Whether a job has a message of its own, as its command is the message's. */
@@ -266,6 +335,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
         Job job = held.remove(id);
         if (job != null) {
             room.release();
+            passTurn();
         }
         return job;
     }

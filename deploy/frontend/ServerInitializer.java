@@ -27,8 +27,8 @@ import org.pytorch.serve.workflow.api.http.WorkflowMgmtRequestHandler;
 /**
  * Sets up a client's connection.
  *
- * <p>It takes the place of TorchServe 0.12.0's own class of this name and puts the same handlers in the same order, and
- * Exchanges between them.
+ * <p>It takes the place of TorchServe 0.12.0's own class of this name and puts the same handlers in the same order, with
+ * ClientErrors before them and Exchanges between.
  */
 public class ServerInitializer extends ChannelInitializer<Channel> {
     private final SslContext sslContext;
@@ -57,8 +57,8 @@ public class ServerInitializer extends ChannelInitializer<Channel> {
 
     private HttpRequestHandlerChain handlers(ConfigManager config) {
         PluginsManager plugins = PluginsManager.getInstance();
-        HttpRequestHandlerChain first = new ApiDescriptionRequestHandler(type);
-        HttpRequestHandlerChain last = first;
+        HttpRequestHandlerChain first = new ClientErrors();
+        HttpRequestHandlerChain last = first.setNextHandler(new ApiDescriptionRequestHandler(type));
         if (is(ConnectorType.INFERENCE_CONNECTOR)) {
             last = last.setNextHandler(new TokenAuthorizationHandler(TokenAuthorization.TokenType.INFERENCE));
             last = last.setNextHandler(new InferenceRequestHandler(plugins.getInferenceEndpoints()));

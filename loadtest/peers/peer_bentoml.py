@@ -1,4 +1,4 @@
-"""BentoML: one worker, its adaptive batching, which learns how long to wait."""
+"""BentoML: its adaptive batching, which learns how long to wait."""
 
 import os
 import sys
@@ -8,14 +8,16 @@ import bentoml  # type: ignore[import-not-found,unused-ignore]  # in the peers' 
 from PIL.Image import Image
 
 from loadtest.peers.model import PeerModel
-from loadtest.peers.settings import HOST, MAX_BATCH, PeerSettings
+from loadtest.peers.settings import HOST, MAX_BATCH, VARIABLE, PeerSettings
 
 # Not a wait but a bound: BentoML refuses requests that it expects to take longer. As long as its own default, so that
 # it refuses none.
 MAX_LATENCY_MS = 60_000
+# Of the processes that serve; the one that starts them only names the service.
+WORKERS = PeerSettings.from_environment().workers if VARIABLE in os.environ else 1
 
 
-@bentoml.service(workers=1, traffic={"timeout": MAX_LATENCY_MS / 1000})  # type: ignore[untyped-decorator,unused-ignore]
+@bentoml.service(workers=WORKERS, traffic={"timeout": MAX_LATENCY_MS / 1000})  # type: ignore[untyped-decorator,unused-ignore]
 class Model:
     """The model behind BentoML. Its batching needs a list, so a reply is ``[prediction]`` instead of an object."""
 
@@ -31,7 +33,7 @@ class Model:
         return [answer["predictions"][0] for answer in answers]
 
 
-@bentoml.service(workers=1, traffic={"timeout": MAX_LATENCY_MS / 1000})  # type: ignore[untyped-decorator,unused-ignore]
+@bentoml.service(workers=WORKERS, traffic={"timeout": MAX_LATENCY_MS / 1000})  # type: ignore[untyped-decorator,unused-ignore]
 class FileModel:
     """The same for images, in the form of its documentation's examples: files of a multipart form.
 

@@ -1,4 +1,4 @@
-"""LitServe: one worker, its own batching with the timeout of its documentation's example.
+"""LitServe: its workers, and its own batching with the timeout of its documentation's example.
 
 `fast_queue` is what its documentation advises from a hundred requests a second on.
 """
@@ -59,5 +59,5 @@ class FileApi(Api):
 if __name__ == "__main__":
     SETTINGS = PeerSettings.from_arguments()
     API = (FileApi if SETTINGS.files else ModelApi)(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
-    SERVER = litserve.LitServer(API, accelerator="cpu", workers_per_device=1, fast_queue=True)
+    SERVER = litserve.LitServer(API, accelerator="cpu", workers_per_device=SETTINGS.workers, fast_queue=True)
     SERVER.run(host=HOST, port=SETTINGS.port, log_level="warning", generate_client_file=False, num_api_servers=1)

@@ -1,4 +1,4 @@
-"""Mosec: one worker, dynamic batching with its default wait of 10 ms.
+"""Mosec: dynamic batching with its default wait of 10 ms.
 
 Images are decoded in a stage before it, as in the ResNet example of its documentation.
 """
@@ -60,5 +60,5 @@ if __name__ == "__main__":
     SERVER = Server()
     if SETTINGS.files:
         SERVER.append_worker(FileWorker, num=DECODERS)
-    SERVER.append_worker(ModelWorker, num=1, max_batch_size=MAX_BATCH, max_wait_time=MAX_WAIT_MS)
+    SERVER.append_worker(ModelWorker, num=SETTINGS.workers, max_batch_size=MAX_BATCH, max_wait_time=MAX_WAIT_MS)
     SERVER.run()

@@ -1,4 +1,4 @@
-"""Ray Serve: one replica on a local Ray, `serve.batch` with its default wait of 10 ms."""
+"""Ray Serve: replicas on a local Ray, `serve.batch` with its default wait of 10 ms."""
 
 import os
 import secrets
@@ -22,7 +22,7 @@ OBJECT_STORE_BYTES = 128 << 20
 
 
 @serve.deployment(  # type: ignore[untyped-decorator,unused-ignore]
-    num_replicas=1, max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 1}
+    max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 1}
 )
 class Model:
     """The model behind Ray Serve."""
@@ -53,14 +53,14 @@ if __name__ == "__main__":
     # The proxy and the controller need a share of a CPU each, which says nothing about cores: Ray counts, it pins
     # nothing.
     ray.init(
-        num_cpus=4,
+        num_cpus=3 + SETTINGS.workers,
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=f"{tempfile.gettempdir()}/ray",
     )
     serve.start(http_options={"host": HOST, "port": SETTINGS.port})
-    serve.run(Model.bind(SETTINGS), route_prefix="/predict")  # type: ignore[attr-defined,unused-ignore]
+    serve.run(Model.options(num_replicas=SETTINGS.workers).bind(SETTINGS), route_prefix="/predict")  # type: ignore[attr-defined,unused-ignore]
     signal.sigwait({signal.SIGTERM, signal.SIGINT})
     serve.shutdown()
     ray.shutdown()

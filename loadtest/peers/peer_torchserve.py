@@ -21,11 +21,12 @@ HANDLER = Path(__file__).with_name("torchserve_handler.py")
 QUIET = "--quiet"
 
 
-def build_archive(store: Path) -> None:
+def build_archive(store: Path, *, workers: int) -> None:
     """Packs the handler with TorchServe's own archiver; the model itself is read from the extracted archive."""
     config = store / "model-config.yaml"
     config.write_text(
-        f"minWorkers: 1\nmaxWorkers: 1\nbatchSize: {MAX_BATCH}\nmaxBatchDelay: {MAX_BATCH_DELAY_MS}\n",
+        f"minWorkers: {workers}\nmaxWorkers: {workers}\n"
+        f"batchSize: {MAX_BATCH}\nmaxBatchDelay: {MAX_BATCH_DELAY_MS}\n",
         encoding="utf-8",
     )
     command = ["--model-name", NAME, "--version", "1", "--handler", str(HANDLER), "--config-file", str(config)]
@@ -51,7 +52,7 @@ def properties(ports: Ports, port: int) -> str:
 def serve(settings: PeerSettings, *, quiet: bool) -> None:
     """Becomes TorchServe."""
     work = Path(tempfile.mkdtemp(prefix="ts-"))
-    build_archive(work)
+    build_archive(work, workers=settings.workers)
     config = work / "config.properties"
     config.write_text(properties(Ports.free(), settings.port), encoding="utf-8")
     os.environ["JAVA_HOME"] = str(find_java().home)

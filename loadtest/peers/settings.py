@@ -21,12 +21,14 @@ class PeerSettings:
         folder: The extracted archive whose model is served.
         port: Where to listen, on the loopback.
         threads: Threads that one batch may use.
+        workers: Processes that compute, each with a model of its own.
         files: Whether requests are files as they are, such as images, instead of JSON.
     """
 
     folder: Path
     port: int
     threads: int
+    workers: int = 1
     files: bool = False
 
     @classmethod
@@ -40,6 +42,7 @@ class PeerSettings:
         parser.add_argument("--folder", type=Path, required=True)
         parser.add_argument("--port", type=int, required=True)
         parser.add_argument("--threads", type=int, required=True)
+        parser.add_argument("--workers", type=int, default=1)
         parser.add_argument("--files", action="store_true")
         settings = cls(**vars(parser.parse_args(arguments)))
         os.environ[VARIABLE] = json.dumps({**asdict(settings), "folder": str(settings.folder)})

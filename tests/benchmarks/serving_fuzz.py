@@ -6,11 +6,9 @@
 
 For each of `--count` broken requests (serving_mutations.py: whole HTTP, wrong inside; serving_raw.py: hardly HTTP) one
 golden sample is sent, `--in-flight` at a time, so that they share batches. What is whole HTTP must be answered, and not
-with 5xx; what is not may be refused in any way, or closed. What TorchServe's own Java does, before any handler sees the
-request, is known and counted by itself (`known`): it answers 500 to bodies that declare a form or multipart and are
-none (docs/serving.md) and to targets that are no path, such as `POST * HTTP/1.1`, and it answers pipelined requests in
-the order in which they are ready. Exit code 1 on anything else; the last line is JSON, with the index and the answer of
-the first twenty findings.
+with 5xx; what is not may be refused in any way, or closed, but not with 5xx either. That TorchServe's own Java answers
+pipelined requests in the order in which they are ready is known and counted by itself (`known`). Exit code 1 on
+anything else; the last line is JSON, with the index and the answer of the first twenty findings.
 """
 
 import argparse
@@ -217,9 +215,7 @@ async def send_case(pool: Pool, case: Case, index: int, tally: Tally) -> None:
     reply = await pool.send_again(case.message, keep=case.reusable)
     tally.by_status[str(reply.status or reply.fault)] += 1
     tally.by_kind[case.kind.partition("+")[0]] += 1
-    if reply.status == 500 and case.declares and is_of_java(reply):
-        tally.known[f"500 to a broken {case.declares} body"] += 1
-    elif not reply.status:
+    if not reply.status:
         tally.find(index, case.kind, f"no answer ({reply.fault})", reply)
     elif reply.status >= 500:
         tally.find(index, case.kind, str(reply.status), reply)
@@ -237,11 +233,6 @@ def is_error(reply: Reply) -> bool:
     return isinstance(document, dict) and ("error" in document or document.keys() >= {"code", "type"})
 
 
-def is_of_java(reply: Reply) -> bool:
-    """TorchServe's own form of an error, which no worker writes."""
-    return is_error(reply) and "error" not in json.loads(reply.body)
-
-
 async def send_raw(pool: Pool, address: tuple[str, int], case: RawCase, index: int, tally: Tally) -> None:
     while True:
         began = time.perf_counter()
@@ -252,9 +243,7 @@ async def send_raw(pool: Pool, address: tuple[str, int], case: RawCase, index: i
     tally.by_kind[f"raw {case.kind}"] += 1
     for reply in replies:
         tally.by_status[f"raw {reply.status or reply.fault}"] += 1
-        if reply.status == 500 and case.pathless and is_of_java(reply):
-            tally.known["500 to a target without a path"] += 1
-        elif reply.status >= 500:
+        if reply.status >= 500:
             tally.find(index, f"raw {case.kind}", str(reply.status), reply)
     if not replies:
         tally.by_status["raw closed or silent"] += 1

@@ -84,15 +84,12 @@ class Case:
     Attributes:
         kind: What is wrong with it.
         message: All of it.
-        declares: ``form`` or ``multipart`` if it says that it is one: such bodies TorchServe's Java reads before any
-            handler sees them, and it answers 500 where they are broken (docs/serving.md).
         reusable: Whether others may follow on its connection. After a failed ``Expect`` they may not: TorchServe takes
             the body for the next request.
     """
 
     kind: str
     message: bytes
-    declares: str
     reusable: bool
 
 
@@ -125,16 +122,8 @@ def make_case(chance: random.Random, known: Sequence[Known], token: str) -> Case
     return Case(
         kind=kind,
         message=http_message(draft.method, draft.target, token=token, headers=headers, body=draft.body),
-        declares=declared_form(headers),
         reusable=not {name for name, _ in headers} & CONNECTION_HEADERS,
     )
-
-
-def declared_form(headers: Sequence[tuple[str, str]]) -> str:
-    types = [value.lower() for name, value in headers if name.lower() == "content-type"]
-    if any(FORM in value for value in types):
-        return "form"
-    return "multipart" if any("multipart/" in value for value in types) else ""
 
 
 def documents(one: Known) -> list[Any]:

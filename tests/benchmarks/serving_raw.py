@@ -21,14 +21,12 @@ class RawCase:
         pieces: What is written, and the seconds to wait after each piece.
         patience_s: How long to read afterwards; 0 closes at once.
         right: Golden samples that must be answered, in order; empty when any answer but a 5xx will do.
-        pathless: Whether its target is no path, such as ``*``: TorchServe's Java answers 500 to those.
     """
 
     kind: str
     pieces: tuple[tuple[bytes, float], ...]
     patience_s: float
     right: tuple[Known, ...] = ()
-    pathless: bool = False
 
 
 def make_raw_case(chance: random.Random, known: Sequence[Known], token: str) -> RawCase:
@@ -85,13 +83,7 @@ def request_line(chance: random.Random, message: bytes, one: Known) -> RawCase:
             *(b"HEAD " + path + b" HTTP/1.1", b"CONNECT a:1 HTTP/1.1", b"POST " + path + b"?a=%zz HTTP/1.1"),
         )
     )
-    target = line.split()[1:2]
-    return RawCase(
-        kind="request_line",
-        pieces=((line + b"\r\n" + rest, 0),),
-        patience_s=0.5,
-        pathless=bool(target) and not target[0].startswith(b"/"),
-    )
+    return RawCase(kind="request_line", pieces=((line + b"\r\n" + rest, 0),), patience_s=0.5)
 
 
 def content_length(chance: random.Random, message: bytes, one: Known) -> RawCase:

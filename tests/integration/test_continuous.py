@@ -134,6 +134,49 @@ def test_a_worker_that_took_anothers_place_is_shown_as_ready(
     assert [worker["status"] for worker in alone.workers(MODEL)] == ["READY"]
 
 
+def test_two_workers_hold_as_many_requests_each(
+    archives: dict[str, Path], held_out: list[LabelledRequest], tmp_path: Path
+) -> None:
+    with serving([archives["onnx"]], tmp_path, "--workers", "2") as running, ExitStack() as stack:
+        pids = [int(worker["pid"]) for worker in running.workers(MODEL)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(os.kill, pid, signal.SIGCONT)
+        requests = held_out[:IN_FLIGHT]
+        connections = [stack.enter_context(closing(connection(running))) for _ in requests]
+        for one, request in zip(connections, requests, strict=True):
+            one.request("POST", PATH, request.body, headers(running, request))
+        select.select([one.sock for one in connections], [], [], 1)
+        os.kill(pids[1], signal.SIGCONT)
+        time.sleep(2)
+        answered, _, _ = select.select([one.sock for one in connections], [], [], 0)
+        assert abs(len(answered) - IN_FLIGHT / 2) <= 2
+        os.kill(pids[0], signal.SIGCONT)
+        assert [one.getresponse().status for one in connections] == [200] * IN_FLIGHT
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("application/x-www-form-urlencoded", b"a=%zz"),
+        ("multipart/form-data; boundary=b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
+    ],
+)
+def test_a_form_that_is_none_is_the_clients_mistake(alone: RunningServer, content_type: str, body: bytes) -> None:
+    with alone.client() as client:
+        response = client.post(PATH, content=body, headers={"Content-Type": content_type})
+    assert response.status_code == 400
+    assert "Name the type of what you send" in response.json()["message"]
+
+
+@pytest.mark.parametrize("target", ["*", "?a=b"])
+def test_a_target_without_a_path_is_the_clients_mistake(alone: RunningServer, target: str) -> None:
+    with closing(connection(alone)) as one:
+        one.request("POST", target, b"x")
+        response = one.getresponse()
+        assert (response.status, "begins with a slash" in response.read().decode()) == (400, True)
+
+
 def test_a_slow_client_holds_nobody(alone: RunningServer, held_out: list[LabelledRequest]) -> None:
     slow, *others = held_out[:50]
     with closing(connection(alone)) as one:

@@ -79,7 +79,7 @@ class TestPlan:
         words = command_of(plan, {"TORCHPORT_THREADS": "4"})
         assert " ".join(words) == (
             "torchport compare model_store/digits.mar --peers none --users 2,8 --duration 8 --warm-up 2 --rounds 5 "
-            "--threads 1 --seed 0 --cores 1"
+            "--threads 1 --workers 1 --seed 0 --cores 1"
         )
         assert command_of(plan, {"TORCHPORT_MAX_BATCH": "8"}) == ["TORCHPORT_MAX_BATCH=8", *words]
 

@@ -62,7 +62,7 @@ SERVER = textwrap.dedent(
 class FakeSystem(System):
     """A peer that is `SERVER`."""
 
-    def peer_command(self, python, *, folder, port, threads, files):
+    def peer_command(self, python, *, folder, port, threads, workers, files):
         return [str(python), "-c", SERVER, str(port), self.options[0]]
 
 
@@ -77,6 +77,7 @@ def model(tmp_path):
         folder=tmp_path,
         name="none",
         threads=1,
+        workers=1,
         body=Payload(body=b'{"instances": [1]}', content_type="application/json"),
         files=False,
         expected=Expected(labels=("a",)),
@@ -325,7 +326,9 @@ def test_threads_reach_torchport_and_peers_alike(tmp_path, monkeypatch):
 def test_a_peer_is_told_what_requests_are(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "")  # is left to children, not to other tests
     for files in (False, True):
-        command = SYSTEMS["mosec"].peer_command(Path("python"), folder=tmp_path, port=1, threads=2, files=files)
+        command = SYSTEMS["mosec"].peer_command(
+            Path("python"), folder=tmp_path, port=1, threads=2, workers=3, files=files
+        )
         given = PeerSettings.from_arguments(command[command.index("--folder") :])
-        assert given == PeerSettings(folder=tmp_path, port=1, threads=2, files=files)
+        assert given == PeerSettings(folder=tmp_path, port=1, threads=2, workers=3, files=files)
         assert PeerSettings.from_environment() == given

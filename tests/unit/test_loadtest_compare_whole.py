@@ -107,4 +107,6 @@ def test_a_form_holds_the_same_bytes():
 
 def test_what_a_peer_does_with_files_is_said():
     assert SYSTEMS["mosec"].describe(files=True).startswith(SYSTEMS["mosec"].describe(files=False) + "; decoded")
-    assert replace(SYSTEMS["mosec"], decoding="").describe(files=True) == SYSTEMS["mosec"].batching
+    plain = replace(SYSTEMS["mosec"], decoding="")
+    assert plain.describe(files=True) == "one worker, batches of 32 in arrival order, wait 10 ms"
+    assert plain.describe(files=False, workers=2) == "2 workers, batches of 32 in arrival order, wait 10 ms"
