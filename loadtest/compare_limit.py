@@ -21,7 +21,7 @@ from typing import Any
 
 from handlers.allocator import keep_freed_memory
 from handlers.decoder import Decoded
-from loadtest.compare_answers import Expected
+from loadtest.compare_answers import Expected, expect
 from loadtest.compare_load import own_environment
 from loadtest.compare_plan import usable_cores
 from loadtest.compare_requests import is_file
@@ -98,7 +98,7 @@ def measure_limit(folder: Path, bodies: Sequence[Payload], *, threads: int, dura
         arrival_per_s=found["arrival"],
         grouped_per_s=found["grouped"],
         whole=Whole.from_json(found["whole"]),
-        expected=tuple(Expected.of(answer) for answer in found["answers"]),
+        expected=expect(found["answers"]),
     )
 
 

@@ -5,6 +5,7 @@ import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.UUID;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.LinkedBlockingDeque;
 import java.util.concurrent.Semaphore;
@@ -210,6 +211,10 @@ public class AsyncBatchAggregator extends BatchAggregator {
     private void add(Job job, ModelInferenceRequest request) {
         if (isAlone(job)) {
             request.setCommand(job.getCmd());
+        }
+        if (job.getJobId() == null) {
+            // Pipelined: the answer to the request before it has taken its session, and its id with that.
+            job.getPayload().setRequestId(UUID.randomUUID().toString());
         }
         job.setScheduled();
         long queuedMs = (System.nanoTime() - job.getBegin()) / 1_000_000;

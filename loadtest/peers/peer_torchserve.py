@@ -25,8 +25,7 @@ def build_archive(store: Path, *, workers: int) -> None:
     """Packs the handler with TorchServe's own archiver; the model itself is read from the extracted archive."""
     config = store / "model-config.yaml"
     config.write_text(
-        f"minWorkers: {workers}\nmaxWorkers: {workers}\n"
-        f"batchSize: {MAX_BATCH}\nmaxBatchDelay: {MAX_BATCH_DELAY_MS}\n",
+        f"minWorkers: {workers}\nmaxWorkers: {workers}\nbatchSize: {MAX_BATCH}\nmaxBatchDelay: {MAX_BATCH_DELAY_MS}\n",
         encoding="utf-8",
     )
     command = ["--model-name", NAME, "--version", "1", "--handler", str(HANDLER), "--config-file", str(config)]

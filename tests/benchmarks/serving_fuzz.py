@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ from serving_server import Known, Server, golden_answers, golden_message, servin
 
 RAW_SHARE = 0.1
 FINDINGS_KEPT = 20
+# Of the server's log, when a worker ended: why.
+LAST_WORDS = re.compile(r"CRITICAL|WorkerThread|OutOfMemory")
 PROGRESS_S = 10.0
 # Broken connections hold their place for up to half a second, without work for anybody: they get places of their own.
 RAW_PLACES = 64
@@ -146,9 +149,12 @@ def fuzz(
     )
     seconds = time.monotonic() - started
     log = server.torchserve.log_file.read_text(errors="replace")
+    restarted = server.worker_pids() != before
+    if restarted:
+        print("\n".join(line for line in log.splitlines() if LAST_WORDS.search(line)), file=sys.stderr)
     return Fuzzed(
         tally=tally,
-        restarted=server.worker_pids() != before,
+        restarted=restarted,
         tracebacks=log.count("Traceback (most recent call last)"),
         seconds=seconds,
     )

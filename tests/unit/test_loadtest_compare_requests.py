@@ -12,7 +12,7 @@ from handlers.request import Part
 from handlers.signature import TENSOR, TEXT_CLASSIFICATION, Signature
 from handlers.tensors import Axis, TensorSpec
 from loadtest.answers import UNREADABLE_ANSWER, WRONG_ANSWER
-from loadtest.compare_answers import Expected, judge_answer
+from loadtest.compare_answers import Expected, expect, judge_answer
 from loadtest.compare_requests import generate_tensors, is_file, parse_lengths, parse_pictures, read_bodies
 from loadtest.errors import PayloadError, PlanError
 from loadtest.pictures import generate_pictures
@@ -200,6 +200,13 @@ class TestAnswers:
         expected = Expected.of({"outputs": {"y": [[1.0, -2.0]]}})
         assert self.judge({"predictions": [{"outputs": {"y": values}}]}, expected) == kind
         assert self.judge({"predictions": [{"outputs": {"z": values}}]}, expected) == WRONG_ANSWER
+
+    def test_small_outputs_may_differ_by_what_is_little_for_usual_ones(self):
+        small, large = expect([{"outputs": {"y": [0.1, 0.0]}}, {"outputs": {"y": [4.0, 0.0]}}])
+        assert self.judge({"outputs": {"y": [0.5, 0.0]}}, small) is None  # a quarter of 2, their root mean square
+        assert self.judge({"outputs": {"y": [0.7, 0.0]}}, small) == WRONG_ANSWER
+        assert self.judge({"outputs": {"y": [4.9, 0.0]}}, large) is None
+        assert self.judge({"outputs": {"y": [0.1, 0.0]}}, large) == WRONG_ANSWER
 
     def test_nan_is_wrong_and_an_error_is_an_error(self):
         expected = Expected.of({"outputs": {"y": [0.0]}})
