@@ -20,6 +20,11 @@ class Backend(Protocol):
         """The device that it really runs on: ``cpu`` or ``cuda``."""
         ...
 
+    @property
+    def holds_lock(self) -> bool:
+        """Whether other threads of Python stand still while it computes."""
+        ...
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch.
 
@@ -32,14 +37,22 @@ class Backend(Protocol):
         """
         ...
 
+    def free_memory(self) -> None:
+        """Give back what the runtime keeps of a GPU's memory for later batches, after one found too little."""
+        ...
 
-def build_backend(signature: Signature, folder: Path, *, threads: int) -> Backend:
+
+def build_backend(
+    signature: Signature, folder: Path, *, threads: int, gpu: int | None = None, max_batch: int = 0
+) -> Backend:
     """Load the artifact that a signature names.
 
     Args:
         signature: A signature with an artifact.
         folder: Where the artifact's file lies.
         threads: Cores that one batch may use. Never "all of them": workers share the machine.
+        gpu: Which GPU an artifact for GPUs runs on; None for the runtime's own choice, which is usually the first.
+        max_batch: Samples of the largest batch, up to which CUDA graphs are captured; 0 for no graphs.
 
     Raises:
         BackendError: If the runtime, its version, the device or the processor is not what the artifact needs, or the
@@ -54,17 +67,17 @@ def build_backend(signature: Signature, folder: Path, *, threads: int) -> Backen
     if artifact.format == "torchscript":
         from handlers.torchscript import TorchScriptBackend  # noqa: PLC0415
 
-        return TorchScriptBackend(path, signature, device=artifact.device, threads=threads)
+        return TorchScriptBackend(path, signature, device=artifact.device, threads=threads, gpu=gpu)
     if artifact.format == "onnx":
         from handlers.onnx import OnnxBackend  # noqa: PLC0415
 
-        return OnnxBackend(path, signature, device=artifact.device, threads=threads)
+        return OnnxBackend(path, signature, device=artifact.device, threads=threads, gpu=gpu)
     if artifact.format == "pt2":
         from handlers.pt2 import Pt2Backend  # noqa: PLC0415
 
-        return Pt2Backend(path, signature, device=artifact.device, threads=threads)
+        return Pt2Backend(path, signature, device=artifact.device, threads=threads, gpu=gpu)
     if artifact.format == "eager":
         from handlers.eager import EagerBackend  # noqa: PLC0415
 
-        return EagerBackend(path, signature, artifact, threads=threads)
+        return EagerBackend(path, signature, artifact, threads=threads, gpu=gpu, max_batch=max_batch)
     raise BackendError(f"there is no backend for the format {artifact.format!r}; known are: {', '.join(FORMATS)}")

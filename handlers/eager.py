@@ -16,10 +16,12 @@ from torch import nn
 
 from handlers.artifact import Artifact, ModuleSource
 from handlers.calling import NamedModule
+from handlers.cuda_graphs import CudaGraphs, CudaRecorder
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
+from handlers.staging import CudaTransfers, Exchange, Staging, build_exchange
 from handlers.tensors import Array, TensorBatch
-from handlers.torch_device import check_device, to_numpy, to_torch, torch_device
+from handlers.torch_device import check_device, free_cached, torch_device
 
 SOURCE_FOLDER = "source"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,36 +30,74 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class EagerBackend:
     """Builds a module with its factory, loads its weights and calls it.
 
+    On a GPU the usual shapes of batches are replayed as CUDA graphs, and the weights and inputs of convolutions have
+    their channels last.
+
     Args:
         path: A state_dict that ``torch.save`` wrote. The source of the factory lies beside it, in ``source/``.
         signature: Names of inputs and outputs.
         artifact: Factory, precision and device.
         threads: Intra-op threads of this process.
+        gpu: Which GPU; None for torch's current one.
+        max_batch: Samples of the largest batch that CUDA graphs are captured for; 0 for no graphs.
+
+    Attributes:
+        holds_lock: False: every operator lets other threads of Python run.
 
     Raises:
         BackendError: If the module cannot be built, the weights do not fit it, or the device is missing.
     """
 
-    def __init__(self, path: Path, signature: Signature, artifact: Artifact, *, threads: int) -> None:
+    holds_lock = False
+
+    def __init__(
+        self,
+        path: Path,
+        signature: Signature,
+        artifact: Artifact,
+        *,
+        threads: int,
+        gpu: int | None = None,
+        max_batch: int = 0,
+    ) -> None:
         torch.set_num_threads(threads)
         if artifact.module is None or artifact.precision not in _DTYPES:
             raise BackendError(
                 f"an eager artifact names its factory and is {', '.join(_DTYPES)}, not {artifact.precision}; "
                 "export it again"
             )
-        self._signature = signature
-        self._device = torch_device(artifact.device)
+        self._device = torch_device(artifact.device, gpu)
         module = _build(artifact.module, path.parent / SOURCE_FOLDER)
         _load_weights(module, path)
         dtype = _DTYPES[artifact.precision]
+        module = module.to(self._device, dtype)
         named = NamedModule(
-            module.to(self._device, dtype),
+            module,
             [spec.name for spec in signature.inputs],
             [spec.name for spec in signature.outputs],
             dtype=dtype,
         )
         self._module = named.eval()
         check_device(itertools.chain(module.parameters(), module.buffers()), self._device)
+        self._exchange: Exchange
+        self._graphs: CudaGraphs | None = None
+        if artifact.device == "cuda":
+            self._prepare_gpu(module, signature, max_batch)
+        else:
+            self._exchange = build_exchange(signature, self._device)
+
+    def _prepare_gpu(self, module: nn.Module, signature: Signature, max_batch: int) -> None:
+        pictures = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+        if pictures:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        staging = Staging(signature, CudaTransfers(self._device), channels_last=pictures)
+        self._exchange = staging
+        if max_batch:
+            # Without dynamic axes, every shape is one of the graphs'.
+            recorder = CudaRecorder(self._device, tune=not signature.axes)
+            self._graphs = CudaGraphs(
+                self._module, signature, staging, recorder, max_batch=max_batch, channels_last=pictures
+            )
 
     @property
     def device(self) -> str:
@@ -66,9 +106,15 @@ class EagerBackend:
 
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with torch.inference_mode():
-            outputs = self._module(*to_torch(batch, self._signature.inputs, self._device))
-            return to_numpy(outputs, self._signature.outputs)
+        with self._exchange.computing():
+            outputs = self._graphs.compute(batch) if self._graphs else None
+            if outputs is None:
+                outputs = self._module(*self._exchange.take_in(batch))
+            return self._exchange.give_out(outputs)
+
+    def free_memory(self) -> None:
+        """Give back what torch keeps; see :class:`handlers.backend.Backend`."""
+        free_cached(self._device)
 
 
 def _build(source: ModuleSource, folder: Path) -> nn.Module:

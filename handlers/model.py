@@ -6,6 +6,7 @@ The worker, the export gates, ``torchport inspect --verify`` and in-process meas
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -24,12 +25,15 @@ from handlers.cost import CostModel, measure_cost
 from handlers.decoder import Decoded, build_decoder
 from handlers.errors import GoldenError, InferenceError, LoadError, RequestError, SignatureError
 from handlers.golden import GoldenSet
+from handlers.gpu_memory import BatchCeilings, MemoryWatch, is_out_of_memory, let_go, watch_memory
 from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
 from handlers.planner import padding_share, plan, positions
 from handlers.request import Part
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
 from handlers.warm_up import plain_batch, warm_up
+
+logger = logging.getLogger("torchport")
 
 SIGNATURE_FILE = "signature.json"
 DEFAULT_MAX_BATCH = 32
@@ -69,6 +73,7 @@ class ServedModel:
         folder: Where the archive's files lie; models of texts find their tokenizer there.
         slot: Held while the model computes; by default nobody has to wait.
         decoding: Requests that are decoded at once; more than one pays for images, whose codecs leave Python alone.
+        memory: Watches the GPU's memory since before the backend was loaded; None on the CPU.
 
     Attributes:
         meter: Counts what happens.
@@ -89,6 +94,7 @@ class ServedModel:
         folder: Path | None = None,
         slot: AbstractContextManager[object] | None = None,
         decoding: int = 1,
+        memory: MemoryWatch | None = None,
     ) -> None:
         self.signature = signature
         self.backend = backend
@@ -99,6 +105,8 @@ class ServedModel:
         # Until it is measured: calls alone cost, so batches are as few as they can be.
         self._cost = CostModel()
         self._max_batch = max_batch
+        self._memory = memory
+        self._ceilings = BatchCeilings()
         self._identity = identity or {}
         self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder)
         self._answerer = Answerer(signature)
@@ -113,6 +121,7 @@ class ServedModel:
         identity: dict[str, str] | None = None,
         slot: AbstractContextManager[object] | None = None,
         decoding: int = 1,
+        gpu: int | None = None,
     ) -> ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
 
@@ -123,16 +132,19 @@ class ServedModel:
             identity: Fields of every answer.
             slot: Held while the model computes.
             decoding: 0 for as many as suit what the model takes and this machine.
+            gpu: Which GPU an artifact for GPUs runs on; None for the runtime's own choice.
 
         Raises:
-            LoadError: If the signature, the tokenizer or the artifact cannot be used.
+            LoadError: If the signature, the tokenizer or the artifact cannot be used, or the GPU's memory is too small.
         """
         try:
             signature = Signature.from_document(json.loads((folder / SIGNATURE_FILE).read_bytes()))
         except (OSError, ValueError, SignatureError) as error:
             raise LoadError(f"{SIGNATURE_FILE} cannot be used: {error}") from error
         keep_freed_memory()
-        backend = build_backend(signature, folder, threads=threads)
+        memory = watch_memory(signature.artifact, gpu)
+        with memory.explaining("its weights") if memory else nullcontext():
+            backend = build_backend(signature, folder, threads=threads, gpu=gpu, max_batch=max_batch)
         return cls(
             signature,
             backend,
@@ -141,15 +153,23 @@ class ServedModel:
             folder=folder,
             slot=slot,
             decoding=decoding or _decoders(signature),
+            memory=memory,
         )
 
     def warm_up(self) -> None:
         """Run every batch size and the extremes of every axis; see :func:`handlers.warm_up.warm_up`.
 
         Raises:
-            BackendError: If the model fails, or gives another name, shape or dtype than the signature says.
+            BackendError: If the model fails, or gives another name, shape or dtype than the signature says; or if the
+                GPU's memory is too small for the largest batch.
         """
-        warm_up(self.backend, self.signature, self._max_batch)
+        if self._memory is None:
+            warm_up(self.backend, self.signature, self._max_batch)
+            return
+        what = f"batches of {self._max_batch}"
+        with self._memory.explaining(what):
+            warm_up(self.backend, self.signature, self._max_batch)
+        self._memory.check(what)
 
     def measure_cost(self, *, limit_s: float = _COST_LIMIT_S) -> CostModel:
         """Time small batches, and plan by what they cost from now on.
@@ -171,7 +191,7 @@ class ServedModel:
         They should where the runtime does not let other threads run meanwhile, and where a sample of usual size, in a
         full batch, takes less to compute than to hand it to another thread.
         """
-        if getattr(self.backend, "holds_lock", False):
+        if self.backend.holds_lock:
             return True
         sizes = [(axis.minimum + axis.maximum) / 2 for axis in self.signature.axes.values()]
         return bool(self._cost.seconds(self._max_batch, math.prod(sizes)) < self._max_batch * _QUICK_S)
@@ -252,7 +272,8 @@ class ServedModel:
 
     def plan(self, samples: Sequence[TensorBatch]) -> list[list[int]]:
         """Which samples should run together: positions, see :func:`handlers.planner.plan`."""
-        return plan(samples, self.signature, self._cost, max_batch=self._max_batch)
+        batches = plan(samples, self.signature, self._cost, max_batch=self._max_batch)
+        return self._ceilings.cut(batches, lambda batch: positions([samples[i] for i in batch], self.signature))
 
     def expected_seconds(self, samples: Sequence[TensorBatch]) -> float:
         """How long a batch of these samples takes, if the cost was measured."""
@@ -291,16 +312,48 @@ class ServedModel:
         return rows
 
     def _run(self, samples: list[TensorBatch]) -> list[Row]:
-        """Run one batch; when it fails, halve it, so that only the samples that fail alone are lost."""
+        """Run one batch; when it fails, halve it, so that only the samples that fail alone are lost.
+
+        What fails for want of the GPU's memory is not tried again at that size.
+        """
+        short = False
         try:
             outputs = self.backend.run(stack(samples, self.signature))
             return list(split(outputs, samples, self.signature))
         except Exception as error:  # runtimes raise types of their own; one sample must not fail its neighbours
+            short = self.backend.device == "cuda" and is_out_of_memory(error)
             if len(samples) == 1:
-                return [defect("inference_failed", "The model failed on this input.", error)]
+                return [self._lost(error, short=short)]
             middle = len(samples) // 2
         # Outside of the clause: the error holds what the failed run had allocated, which the halves may need.
+        if short:
+            self.backend.free_memory()
+            self._lower_ceiling(samples)
         return self._run(samples[:middle]) + self._run(samples[middle:])
+
+    def _lost(self, error: Exception, *, short: bool) -> InferenceError:
+        """The error of a sample that fails alone."""
+        if not short:
+            return defect("inference_failed", "The model failed on this input.", error)
+        # The error is kept until it is answered and logged; what its calls had allocated is needed before.
+        let_go(error)
+        self.backend.free_memory()
+        return defect(
+            "out_of_memory",
+            "The GPU has too little free memory for this input alone; send a smaller one, or try again later.",
+            error,
+        )
+
+    def _lower_ceiling(self, samples: list[TensorBatch]) -> None:
+        length = positions(samples, self.signature)
+        most = self._ceilings.lower(len(samples), length)
+        logger.warning(
+            "the GPU's memory did not hold a batch of %d samples with %d positions each; "
+            "such batches have at most %d from now on, until the worker is started again",
+            len(samples),
+            length,
+            most,
+        )
 
     def build_answer(self, decoded: Decoded, rows: Sequence[Row]) -> Answer:
         """The answer of a request, given the row of each of its samples."""

@@ -11,8 +11,9 @@ import torch
 from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
+from handlers.staging import build_exchange
 from handlers.tensors import Array, TensorBatch
-from handlers.torch_device import to_numpy, to_torch, torch_device
+from handlers.torch_device import check_device, free_cached, torch_device
 
 # What aoti_compile_and_package calls the one model of a package.
 _MODEL = "model"
@@ -28,24 +29,26 @@ class Pt2Backend:
         signature: The order of inputs and outputs.
         device: ``cpu`` or ``cuda``.
         threads: Intra-op threads of this process.
+        gpu: Which GPU; None for torch's current one.
 
     Attributes:
-        holds_lock: Whether other threads of Python stand still while it computes.
+        holds_lock: Whether other threads of Python stand still while it computes. On a GPU they do not: calling it only
+            launches what is to be computed.
 
     Raises:
         BackendError: If the file does not load, was compiled for another device, or the device is missing.
     """
 
-    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int) -> None:
+    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int, gpu: int | None = None) -> None:
         torch.set_num_threads(threads)
-        self._signature = signature
-        self._device = torch_device(device)
+        self._device = torch_device(device, gpu)
         # Read when a package loads: tensors of a wrong shape or dtype then raise, instead of ending the process.
         os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
         try:
             # What torch._inductor.aoti_load_package ends in. That function first compiles and runs small programs to
             # name the processor's vector width: it takes seconds, and logs a misleading warning without a compiler.
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, -1)
+            index = -1 if self._device.index is None else self._device.index
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, index)
             compiled_for = loader.get_metadata().get("AOTI_DEVICE_KEY")
         except (RuntimeError, AttributeError) as error:
             raise BackendError(
@@ -60,7 +63,8 @@ class Pt2Backend:
         self._compute: Callable[[list[torch.Tensor]], list[torch.Tensor]] = (
             loader.run if container is None else container.run
         )
-        self.holds_lock = container is None
+        self.holds_lock = container is None and device == "cpu"
+        self._exchange = build_exchange(signature, self._device)
 
     @property
     def device(self) -> str:
@@ -69,6 +73,12 @@ class Pt2Backend:
 
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with torch.inference_mode():
-            outputs = self._compute(to_torch(batch, self._signature.inputs, self._device))
-            return to_numpy(outputs, self._signature.outputs)
+        with self._exchange.computing():
+            outputs = self._compute(self._exchange.take_in(batch))
+            # A package does not show where its weights lie; what it computes lies beside them.
+            check_device(outputs, self._device)
+            return self._exchange.give_out(outputs)
+
+    def free_memory(self) -> None:
+        """Give back what torch keeps; see :class:`handlers.backend.Backend`."""
+        free_cached(self._device)

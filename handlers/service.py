@@ -80,6 +80,7 @@ class Service:
                 identity=identity,
                 slot=ComputeSlot(folder, settings.computing),
                 decoding=settings.decoding,
+                gpu=_gpu(context),
             )
             model.warm_up()
             model.measure_cost()
@@ -185,6 +186,12 @@ class Service:
 def _in_worker_process() -> bool:
     """Whether this process is a worker that TorchServe started, and does nothing else."""
     return hasattr(sys.modules["__main__"], "TorchModelServiceWorker")
+
+
+def _gpu(context: Context) -> int | None:
+    """The GPU that TorchServe gave this worker; None where it gave none, which some releases write as -1."""
+    given = context.system_properties.get("gpu_id")
+    return None if given is None or int(given) < 0 else int(given)
 
 
 def _max_batch(context: Context, config: Mapping[str, object]) -> int:

@@ -11,29 +11,53 @@ from handlers.errors import BackendError
 from handlers.tensors import Array, TensorBatch, TensorSpec
 
 
-def torch_device(name: str) -> torch.device:
+def torch_device(name: str, gpu: int | None = None) -> torch.device:
     """The device that an artifact names.
 
+    Args:
+        name: ``cpu`` or ``cuda``.
+        gpu: Which GPU, as torch numbers them; None for torch's current one. Nothing to a CPU.
+
+    Returns:
+        The device; that of a GPU has an index.
+
     Raises:
-        BackendError: If it is a GPU and there is none.
+        BackendError: If it is a GPU and there is none, or none of that number.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise BackendError(
             "the artifact runs on a CUDA GPU, and torch finds none here; "
             "export it with --device cpu, or serve it where there is one"
         )
-    return torch.device(name)
+    index = torch.cuda.current_device() if gpu is None else gpu
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise BackendError(
+            f"this worker is to run on GPU {index}, and torch finds {count} here, numbered from 0; "
+            "correct deviceIds in model-config.yaml, number_of_gpu in config.properties or CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device(name, index)
 
 
 def check_device(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
-    """Refuse a module whose weights have not gone where they were sent.
+    """Refuse a module whose weights have not gone where they were sent, the number of the GPU included.
 
     Raises:
         BackendError: If one lies elsewhere.
     """
-    astray = next((tensor.device for tensor in tensors if tensor.device.type != device.type), None)
+    astray = next((tensor.device for tensor in tensors if tensor.device != device), None)
     if astray is not None:
-        raise BackendError(f"the artifact's weights lie on {astray} instead of {device}; export it for {device} again")
+        raise BackendError(
+            f"the artifact's weights lie on {astray} instead of {device}; export it for {device.type} again"
+        )
+
+
+def free_cached(device: torch.device) -> None:
+    """Give the memory of a GPU back that torch keeps for later tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def to_torch(batch: TensorBatch, specs: Sequence[TensorSpec], device: torch.device) -> list[torch.Tensor]:
@@ -51,16 +75,27 @@ def to_numpy(outputs: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> di
     Raises:
         BackendError: If there are fewer or more than the signature says.
     """
+    check_count(outputs, specs)
+    return {spec.name: _array(tensor) for spec, tensor in zip(specs, outputs, strict=True)}
+
+
+def check_count(outputs: Sequence[torch.Tensor], specs: Sequence[TensorSpec]) -> None:
+    """Refuse what a model gave, if it is not one tensor for each output.
+
+    Raises:
+        BackendError: If there are fewer or more than the signature says.
+    """
     if len(outputs) != len(specs):
         raise BackendError(
             f"the artifact gives {len(outputs)} tensors and the signature names {len(specs)}; export it again"
         )
-    return {spec.name: _array(tensor) for spec, tensor in zip(specs, outputs, strict=True)}
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, as float32 if it holds halves: NumPy has no bfloat16, and all precisions give one dtype."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _array(tensor: torch.Tensor) -> Array:
-    # NumPy has no bfloat16; halves are cast as well, so that all precisions give one dtype.
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.float()
-    array: Array = tensor.detach().cpu().numpy()
+    array: Array = widened(tensor).detach().cpu().numpy()
     return array

@@ -10,8 +10,9 @@ import torch
 
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
+from handlers.staging import build_exchange
 from handlers.tensors import Array, TensorBatch
-from handlers.torch_device import check_device, to_numpy, to_torch, torch_device
+from handlers.torch_device import check_device, free_cached, torch_device
 
 
 class TorchScriptBackend:
@@ -22,15 +23,20 @@ class TorchScriptBackend:
         signature: The order of inputs and outputs.
         device: ``cpu`` or ``cuda``.
         threads: Intra-op threads of this process.
+        gpu: Which GPU; None for torch's current one.
+
+    Attributes:
+        holds_lock: False: the interpreter lets other threads of Python run.
 
     Raises:
         BackendError: If the file does not load, or the device is missing.
     """
 
-    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int) -> None:
+    holds_lock = False
+
+    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int, gpu: int | None = None) -> None:
         torch.set_num_threads(threads)
-        self._signature = signature
-        self._device = torch_device(device)
+        self._device = torch_device(device, gpu)
         try:
             with warnings.catch_warnings():
                 # torch.jit is deprecated but works in every torch we support; a worker's log need not say so.
@@ -43,6 +49,7 @@ class TorchScriptBackend:
                 f"{path.name} is not a TorchScript file that torch {torch.__version__} loads: {reason}"
             ) from error
         check_device(itertools.chain(self._module.parameters(), self._module.buffers()), self._device)
+        self._exchange = build_exchange(signature, self._device)
 
     @property
     def device(self) -> str:
@@ -51,6 +58,10 @@ class TorchScriptBackend:
 
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with torch.inference_mode():
-            outputs = self._module(*to_torch(batch, self._signature.inputs, self._device))
-            return to_numpy((outputs,) if isinstance(outputs, torch.Tensor) else outputs, self._signature.outputs)
+        with self._exchange.computing():
+            outputs = self._module(*self._exchange.take_in(batch))
+            return self._exchange.give_out((outputs,) if isinstance(outputs, torch.Tensor) else outputs)
+
+    def free_memory(self) -> None:
+        """Give back what torch keeps; see :class:`handlers.backend.Backend`."""
+        free_cached(self._device)

@@ -182,6 +182,7 @@ class FakeBackend:
     """Computes logits from a function of one image; counts its batches."""
 
     device = "cpu"
+    holds_lock = False
 
     def __init__(self, compute):
         self._compute = compute

@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,14 @@ from handlers.calling import NamedModule
 from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError
 from handlers.isa import cpu_isa
+from handlers.onnx import OnnxBackend, cuda_options
+from handlers.pt2 import Pt2Backend
 from handlers.signature import TENSOR, Signature
+from handlers.staging import Staging
 from handlers.tensors import Axis, TensorSpec
+from handlers.torch_device import check_device, torch_device
+
+from .fake_gpu import FakeRecorder, LateTransfers
 
 # The source of an eager archive, which the other formats are made of as well.
 SOURCE = '''
@@ -190,6 +197,24 @@ class TestEveryFormat:
             assert outputs[name].dtype == np.float32
             np.testing.assert_allclose(outputs[name], right, rtol=1e-4, atol=1e-5)
 
+    def test_memory_may_be_given_back_and_the_lock_is_not_held(self, built, format):
+        backend = load(built(format), format)
+        assert backend.holds_lock is False
+        batch = arrays()
+        first = backend.run(batch)
+        backend.free_memory()
+        np.testing.assert_array_equal(backend.run(batch)["pooled"], first["pooled"])
+
+    def test_the_gpu_is_handed_on(self, format, tmp_path, monkeypatch):
+        given = []
+        names = {"torchscript": "TorchScript", "onnx": "Onnx", "pt2": "Pt2", "eager": "Eager"}
+        backend = f"handlers.{format}.{names[format]}Backend"
+        monkeypatch.setattr(backend, lambda path, *rest, **options: given.append((path.name, options["gpu"])))
+        signature = SIGNATURE.with_artifact(artifact(format, device="cuda"))
+        build_backend(signature, tmp_path, threads=1, gpu=3)
+        build_backend(signature, tmp_path, threads=1)
+        assert given == [(FILES[format], 3), (FILES[format], None)]
+
     def test_the_order_of_the_arrays_does_not_matter(self, built, format):
         backend = load(built(format), format)
         batch = arrays()
@@ -318,6 +343,67 @@ class TestOnnx:
         backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
         np.testing.assert_allclose(backend.run({"x": np.ones((2, 64), np.float32)})["y"], 64, rtol=0.01)
 
+    def test_options_of_a_gpu_name_it_and_spare_its_memory(self):
+        options = {
+            "device_id": "3",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        assert cuda_options(3) == options
+        assert cuda_options(3, memory_bytes=1 << 30) == {**options, "gpu_mem_limit": "1073741824"}
+
+    @pytest.fixture
+    def on_gpu(self, built, monkeypatch):
+        """Loads for GPU 3, of which ONNX Runtime says whatever it is told to; in truth it is the CPU."""
+        import onnxruntime
+
+        def load_there(found="3", **options):
+            session, given = onnxruntime.InferenceSession, {}
+
+            def start(path, options, *, providers, provider_options):
+                given.update(providers=providers, options=provider_options)
+                return session(path, options, providers=["CPUExecutionProvider"])
+
+            monkeypatch.setattr("handlers.onnx._prepare_cuda", lambda onnxruntime, provider: None)
+            monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+            monkeypatch.setattr(session, "get_providers", lambda self: ["CUDAExecutionProvider"])
+            monkeypatch.setattr(
+                session, "get_provider_options", lambda self: {"CUDAExecutionProvider": {"device_id": found}}
+            )
+            path = built("onnx") / FILES["onnx"]
+            return OnnxBackend(path, SIGNATURE, device="cuda", threads=1, gpu=3, **options), given
+
+        return load_there
+
+    def test_a_session_for_a_gpu_gets_its_options(self, on_gpu):
+        backend, given = on_gpu(gpu_memory_bytes=5)
+        assert given == {"providers": ["CUDAExecutionProvider"], "options": [cuda_options(3, memory_bytes=5)]}
+        assert backend.device == "cuda"
+
+    def test_another_gpu_than_the_one_asked_for_is_refused(self, on_gpu):
+        with pytest.raises(BackendError, match="ONNX Runtime chose GPU 0 instead of 3"):
+            on_gpu(found="0")
+
+    @pytest.mark.parametrize("staged", [True, False], ids=["torch for GPUs", "torch for the CPU"])
+    def test_bound_inputs_and_outputs_give_the_same(self, built, staged):
+        backend = load(built("onnx"), "onnx")
+        transfers = LateTransfers()
+        backend._staging = Staging(SIGNATURE, transfers) if staged else None
+        for size in [(1, 1), (3, 7), (2, 16), (1, 2)]:
+            batch = {name: np.asfortranarray(array) for name, array in arrays(*size).items()}
+            for array, name in zip(backend._run_bound(batch), NAMES[1], strict=True):
+                np.testing.assert_array_equal(array, backend.run(batch)[name])
+        # It computes on another stream: everything has to be there before.
+        assert not staged or transfers.events[-3:] == ["join", "arrive", "exit"]
+
+    def test_bound_inputs_that_the_graph_has_no_use_for_are_left_out(self, built):
+        unused = TensorSpec(name="unused", dtype="float32", shape=("batch",))
+        signature = dataclasses.replace(SIGNATURE, inputs=(unused, *SIGNATURE.inputs))
+        backend = load(built("onnx"), "onnx", signature=signature)
+        backend._staging = Staging(signature, LateTransfers())
+        batch = {**arrays(), "unused": np.zeros(2, np.float32)}
+        np.testing.assert_allclose(backend._run_bound(batch)[0], expected(batch)["pooled"], rtol=1e-4, atol=1e-5)
+
     def test_another_provider_than_the_one_asked_for_is_refused(self, built, monkeypatch):
         import onnxruntime
 
@@ -401,6 +487,33 @@ class TestPt2:
                     target.writestr(name, b"text")
         assert CompiledContainer.of_package(path) is None
 
+    @pytest.mark.parametrize("gpu", [0, 3])
+    def test_code_for_a_gpu_is_loaded_there_and_only_launched_by_python(self, tmp_path, monkeypatch, gpu):
+        given = []
+
+        class Loader:
+            def __init__(self, *arguments):
+                given.append(arguments)
+
+            def get_metadata(self):
+                return {"AOTI_DEVICE_KEY": "cuda"}
+
+            def run(self, tensors):
+                return [tensors[1].sum(1), tensors[1]]
+
+        monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
+        monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
+        monkeypatch.setattr(
+            "handlers.pt2.build_exchange", lambda signature, device: Staging(signature, LateTransfers())
+        )
+        path = tmp_path / "model.pt2"
+        backend = Pt2Backend(path, SIGNATURE, device="cuda", threads=1, gpu=gpu)
+        assert given == [(str(path), "model", False, 1, gpu)]
+        assert (backend.device, backend.holds_lock) == ("cuda", False)
+        # Its outputs lie on the CPU here.
+        with pytest.raises(BackendError, match=f"lie on cpu instead of cuda:{gpu}"):
+            backend.run(arrays())
+
     def test_code_for_another_device_is_refused(self, built, monkeypatch):
         monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
         with pytest.raises(BackendError, match=r"model\.pt2 was compiled for cpu, and the signature says cuda"):
@@ -472,6 +585,95 @@ class TestEager:
             torch.save(content if content is not json else dataclasses.make_dataclass, file)
         with pytest.raises(BackendError, match=r"weights\.pt "):
             load(folder, "eager")
+
+
+class TestEagerOnGpu:
+    """The CPU stands in for it: what is copied, captured and replayed is the same."""
+
+    @pytest.fixture
+    def recorder(self, monkeypatch):
+        recorder = FakeRecorder()
+        monkeypatch.setattr("handlers.eager.torch_device", lambda name, gpu: torch.device("cpu"))
+        monkeypatch.setattr("handlers.eager.CudaTransfers", lambda device: LateTransfers())
+        monkeypatch.setattr("handlers.eager.CudaRecorder", lambda device, *, tune: recorder)
+        return recorder
+
+    def load(self, folder, *, max_batch, signature=SIGNATURE, **changes):
+        signature = signature.with_artifact(artifact("eager", device="cuda", **changes))
+        return build_backend(signature, folder, threads=1, max_batch=max_batch)
+
+    @pytest.mark.parametrize(("max_batch", "replays"), [(0, 0), (4, 1)])
+    def test_graphs_are_replayed_where_the_largest_batch_is_known(self, built, recorder, max_batch, replays):
+        backend = self.load(built("eager"), max_batch=max_batch)
+        outputs = backend.run(arrays(3, 5))
+        assert (recorder.captures, recorder.replays) == (max_batch and 3, replays)
+        assert list(outputs) == NAMES[1]
+        for name, right in expected(arrays(3, 5)).items():
+            np.testing.assert_allclose(outputs[name], right, rtol=1e-4, atol=1e-5)
+
+    def test_larger_batches_run_plainly(self, built, recorder):
+        outputs = self.load(built("eager"), max_batch=4).run(arrays(5, 5))
+        assert recorder.replays == 0
+        np.testing.assert_allclose(outputs["pooled"], expected(arrays(5, 5))["pooled"], rtol=1e-4, atol=1e-5)
+
+    def test_the_weights_are_converted(self, built, recorder):
+        backend = self.load(built("eager"), max_batch=4, precision="bf16")
+        assert {weight.dtype for weight in backend._module.parameters()} == {torch.bfloat16}
+        outputs = backend.run(arrays())
+        assert outputs["pooled"].dtype == np.float32
+        np.testing.assert_allclose(outputs["pooled"], expected(arrays())["pooled"], atol=0.05)
+
+    @pytest.mark.parametrize("max_batch", [0, 2])
+    def test_convolutions_have_their_channels_last(self, tmp_path, recorder, max_batch):
+        layer = nn.Conv2d(3, 4, 3)
+        torch.save(layer.state_dict(), tmp_path / "weights.pt")
+        signature = Signature(
+            task=TENSOR,
+            inputs=(TensorSpec(name="input", dtype="float32", shape=("batch", 3, 6, 7)),),
+            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 4, 4, 5)),),
+        )
+        config = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
+        source = ModuleSource(factory="torch.nn:Conv2d", config=config)
+        backend = self.load(tmp_path, max_batch=max_batch, signature=signature, module=source)
+        assert backend._module.module.weight.is_contiguous(memory_format=torch.channels_last)
+        batch = {"input": np.random.default_rng(0).random((2, 3, 6, 7), dtype=np.float32)}
+        seen = []
+        backend._module.module.register_forward_pre_hook(
+            lambda module, _, given: seen.append(given["input"].is_contiguous(memory_format=torch.channels_last)),
+            with_kwargs=True,
+        )
+        with torch.inference_mode():
+            right = layer(torch.from_numpy(batch["input"])).numpy()
+        np.testing.assert_allclose(backend.run(batch)["y"], right, rtol=1e-4, atol=1e-5)
+        assert seen == [True]
+        assert recorder.replays == bool(max_batch)
+
+
+class TestTorchDevice:
+    @pytest.fixture(autouse=True)
+    def _two_gpus(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    @pytest.mark.parametrize(("gpu", "index"), [(0, 0), (1, 1), (None, 1)])
+    def test_a_gpu_has_its_number(self, gpu, index):
+        assert torch_device("cuda", gpu) == torch.device("cuda", index)
+
+    @pytest.mark.parametrize("gpu", [2, -1])
+    def test_a_gpu_that_is_not_there_is_refused(self, gpu):
+        with pytest.raises(BackendError, match=f"to run on GPU {gpu}, and torch finds 2 here"):
+            torch_device("cuda", gpu)
+
+    def test_the_cpu_has_none(self):
+        assert torch_device("cpu", 1) == torch.device("cpu")
+
+    @pytest.mark.parametrize("there", ["cuda:1", "cpu"])
+    def test_weights_on_another_device_are_refused(self, there):
+        weights = [SimpleNamespace(device=torch.device("cuda:0")), SimpleNamespace(device=torch.device(there))]
+        check_device(weights[:1], torch.device("cuda", 0))
+        with pytest.raises(BackendError, match=f"weights lie on {there} instead of cuda:0; export it for cuda again"):
+            check_device(weights, torch.device("cuda", 0))
 
 
 def test_without_an_artifact_the_remedy_is_told(tmp_path):

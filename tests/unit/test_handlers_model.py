@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 import threading
 from functools import partial
@@ -8,10 +9,12 @@ import pytest
 
 from handlers.cost import CostModel, measure_cost
 from handlers.errors import BackendError, GoldenError, LoadError, MalformedError, UnsupportedTypeError
+from handlers.gpu_memory import MemoryWatch
 from handlers.model import MAX_SAMPLES_PER_REQUEST, ServedModel
 from handlers.request import Part
 
 from .continuous_worker import TRIPLE
+from .fake_gpu import GIB, FakeGpu, out_of_memory
 
 BAD = [Part(value=b"not an image", content_type="image/png")]
 LABELS = ("dark", "mid", "bright")
@@ -249,6 +252,147 @@ def test_the_time_of_a_batch_is_expected_by_what_was_measured(served_signature, 
     assert model.expected_seconds([sample] * 3) == pytest.approx(0.75, rel=1e-4)
 
 
+class Gpu:
+    """A backend on a GPU whose memory holds so many positions, and as many as that of a batch's outputs."""
+
+    device = "cuda"
+    holds_lock = False
+
+    def __init__(self, positions, error=None):
+        self.positions = positions
+        self.error = error or out_of_memory()
+        self.shapes = []
+        self.freed = 0
+
+    def run(self, batch):
+        self.shapes.append(batch["x"].shape)
+        if batch["x"].size > self.positions:
+            raise self.error
+        return {"y": batch["x"] * 3}
+
+    def free_memory(self):
+        self.freed += 1
+
+
+def rows_of(*lengths):
+    return [{"x": np.full(length, i, np.float32)} for i, length in enumerate(lengths)]
+
+
+class TestGpuWithoutMemory:
+    @pytest.fixture(autouse=True)
+    def log(self, caplog, monkeypatch):
+        """Lines of the log; another test may have kept them from caplog."""
+        monkeypatch.setattr(logging.getLogger("torchport"), "propagate", True)
+        caplog.set_level(logging.WARNING, "torchport")
+        return caplog
+
+    @pytest.mark.parametrize(
+        "error", [out_of_memory(), RuntimeError("Failed to allocate memory for requested buffer of size 12")]
+    )
+    def test_a_batch_that_does_not_fit_is_halved_and_its_size_not_planned_again(self, log, error):
+        backend = Gpu(positions=3 * 8, error=error)
+        model = ServedModel(TRIPLE, backend, max_batch=8)
+        samples = rows_of(*[8] * 8)
+        for row, sample in zip(model.compute(samples), samples, strict=True):
+            np.testing.assert_array_equal(row["y"], sample["x"] * 3)
+        assert [shape[0] for shape in backend.shapes] == [8, 4, 2, 2, 4, 2, 2]
+        assert backend.freed == 3
+        backend.shapes.clear()
+        model.compute(samples)
+        assert [shape[0] for shape in backend.shapes] == [2, 2, 2, 2]
+        assert (
+            log.records[-1]
+            .getMessage()
+            .startswith(
+                "the GPU's memory did not hold a batch of 4 samples with 8 positions each; such batches have at most 2 "
+            )
+        )
+
+    def test_shorter_samples_still_run_together(self):
+        backend = Gpu(positions=8 * 8)
+        model = ServedModel(TRIPLE, backend, max_batch=8)
+        model.compute(rows_of(*[16] * 8))
+        backend.shapes.clear()
+        model.compute(rows_of(*[8] * 8))
+        assert backend.shapes == [(8, 8)]
+
+    def test_a_sample_that_is_too_large_alone_has_an_error_of_its_own(self):
+        backend = Gpu(positions=10)
+        rows = ServedModel(TRIPLE, backend, max_batch=4).compute(rows_of(4, 12, 5))
+        assert [isinstance(row, dict) for row in rows] == [True, False, True]
+        assert (rows[1].status, rows[1].code) == (500, "out_of_memory")
+        assert "send a smaller one" in rows[1].message
+        assert rows[1].__cause__ is backend.error
+
+    def test_what_failed_of_memory_is_let_go_before_the_next_one_runs(self):
+        freed = []
+
+        class Tensor:
+            def __del__(self):
+                freed.append(True)
+
+        class Keeps(Gpu):
+            def run(self, batch):
+                tensor = Tensor()
+                assert len(freed) == len(self.shapes)
+                return super().run(batch) if tensor else None
+
+        backend = Keeps(positions=0)
+        rows = ServedModel(TRIPLE, backend, max_batch=1).compute(rows_of(2, 3))
+        assert [row.code for row in rows] == ["out_of_memory"] * 2
+        assert len(freed) == 2
+
+    def test_other_failures_are_halved_and_not_remembered(self, log):
+        backend = Gpu(positions=16, error=RuntimeError("kernel broke"))
+        model = ServedModel(TRIPLE, backend, max_batch=4)
+        for _ in range(2):
+            model.compute(rows_of(*[8] * 4))
+            assert [shape[0] for shape in backend.shapes] == [4, 2, 2]
+            backend.shapes.clear()
+        assert (backend.freed, log.records) == (0, [])
+        (row,) = model.compute(rows_of(17))
+        assert row.code == "inference_failed"
+
+    def test_the_cpu_keeps_its_own_error(self):
+        backend = Gpu(positions=10)
+        backend.device = "cpu"
+        (row,) = ServedModel(TRIPLE, backend).compute(rows_of(12))
+        assert (row.code, backend.freed) == ("inference_failed", 0)
+
+
+class TestMemoryOfTheGpu:
+    def model(self, positions=1000, *, free=10 * GIB):
+        """A model of which each position takes 0.1 GiB."""
+        gpu = FakeGpu(free=free)
+        watch = MemoryWatch(gpu)
+        backend = Gpu(positions)
+        run = backend.run
+
+        def take(batch):
+            gpu.take(max(0, round(batch["x"].size * 0.1 * GIB) - gpu.reserved_bytes))
+            return run(batch)
+
+        backend.run = take
+        return ServedModel(TRIPLE, backend, max_batch=2, memory=watch)  # of 1 to 64 positions
+
+    def test_a_model_with_room_is_warmed_up(self):
+        self.model(free=20 * GIB).warm_up()
+
+    def test_one_that_leaves_none_is_refused_with_a_figure(self):
+        with pytest.raises(LoadError, match=r"needs 13\.4 GiB for batches of 2, and GPU 1 has 13\.0 GiB free; set a l"):
+            self.model(free=13 * GIB).warm_up()
+
+    def test_one_that_runs_out_of_it_is_refused_with_a_figure(self):
+        with pytest.raises(LoadError, match=r"needs 14\.8 GiB for batches of 2, and GPU 1 has 13\.0 GiB free; set a l"):
+            self.model(127, free=13 * GIB).warm_up()
+
+    def test_other_failures_are_told_as_ever(self):
+        model = self.model(127)
+        model.backend.error = ValueError("broken")
+        with pytest.raises(BackendError, match=r"fails on a batch of 2 \(length 64\): broken"):
+            model.warm_up()
+
+
 class TestWarmUp:
     def test_every_power_of_two_and_the_largest_batch_run_twice(self, served_signature, brightness_backend):
         ServedModel(served_signature, brightness_backend, max_batch=6).warm_up()
@@ -279,6 +423,26 @@ class TestLoadAndReplay:
         model = ServedModel.load(extracted, threads=1)
         model.warm_up()
         assert model.replay(extracted) < 1e-4
+
+    def test_the_backend_gets_the_gpu_and_the_largest_batch(self, extracted, brightness_backend, monkeypatch):
+        given = {}
+
+        def build(signature, folder, **options):
+            given.update(options)
+            return brightness_backend
+
+        monkeypatch.setattr("handlers.model.build_backend", build)
+        ServedModel.load(extracted, threads=1, max_batch=5, gpu=3)
+        assert given == {"threads": 1, "gpu": 3, "max_batch": 5}
+
+    def test_weights_that_the_gpu_does_not_hold_are_told_with_a_figure(self, extracted, monkeypatch):
+        def fail(*arguments, **options):
+            raise BackendError("model.pt is not a TorchScript file that torch loads") from out_of_memory()
+
+        monkeypatch.setattr("handlers.model.build_backend", fail)
+        monkeypatch.setattr("handlers.model.watch_memory", lambda artifact, gpu: MemoryWatch(FakeGpu(gpu)))
+        with pytest.raises(LoadError, match=r"the model needs 2\.0 GiB for its weights, and GPU 3 has 10\.0 GiB free"):
+            ServedModel.load(extracted, threads=1, gpu=3)
 
     def change(self, folder, change):
         path = folder / "golden/expected.json"

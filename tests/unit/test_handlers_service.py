@@ -227,6 +227,24 @@ class TestInitialize:
         entry.initialize(FakeContext(extracted, batch_size=256, config={"asyncCommunication": True}))
         assert entry._model._max_batch == DEFAULT_MAX_BATCH
 
+    @pytest.mark.parametrize(
+        ("given", "gpu"),
+        [({}, None), ({"gpu_id": None}, None), ({"gpu_id": -1}, None), ({"gpu_id": 0}, 0), ({"gpu_id": 3}, 3)],
+    )
+    def test_the_model_goes_where_torchserve_says(self, extracted, monkeypatch, given, gpu):
+        loaded = []
+        load = ServedModel.load
+
+        def spy(folder, **options):
+            loaded.append(options["gpu"])
+            return load(folder, **{**options, "gpu": None})
+
+        monkeypatch.setattr("handlers.service.ServedModel", SimpleNamespace(load=spy))
+        context = FakeContext(extracted)
+        context.system_properties.update(given)
+        Entry().initialize(context)
+        assert loaded == [gpu]
+
     @pytest.mark.parametrize("in_flight", [True, False])
     def test_a_setting_is_the_largest_batch_either_way(self, extracted, in_flight):
         entry = Entry()

@@ -1,0 +1,392 @@
+import contextlib
+import dataclasses
+import itertools
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from handlers.calling import NamedModule
+from handlers.cuda_graphs import MOST_GRAPHS, Bucket, CudaGraphs, CudaRecorder, _tuned, buckets, is_paddable
+from handlers.signature import TENSOR, Signature
+from handlers.staging import Staging
+from handlers.tensors import Axis, TensorSpec
+
+from .fake_gpu import FakeRecorder, LateTransfers, out_of_memory
+
+TEXT = Signature(
+    task=TENSOR,
+    inputs=(
+        TensorSpec(name="ids", dtype="int64", shape=("batch", "length"), minimum=1, maximum=9, padding=0),
+        TensorSpec(name="weights", dtype="float32", shape=("batch", "length"), minimum=0, maximum=1, padding=0),
+    ),
+    outputs=(
+        TensorSpec(name="pooled", dtype="float32", shape=("batch", 4)),
+        TensorSpec(name="tokens", dtype="float32", shape=("batch", "length", 4)),
+    ),
+    axes={"length": Axis(minimum=1, maximum=40)},
+)
+PICTURE = Signature(
+    task=TENSOR,
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3, 4, 5)),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 2, 4, 5)),),
+)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 4)
+
+    def forward(self, ids, weights):
+        tokens = self.embedding(ids) * weights.unsqueeze(-1)
+        return tokens.sum(1), tokens
+
+
+def named(module, signature):
+    names = ([spec.name for spec in specs] for specs in (signature.inputs, signature.outputs))
+    return NamedModule(module, *names).eval()
+
+
+def graphs(module=None, signature=TEXT, *, recorder=None, max_batch=6, **options):
+    staging = Staging(signature, LateTransfers(), channels_last=options.get("channels_last", False))
+    recorder = recorder or FakeRecorder()
+    found = CudaGraphs(
+        named(module or Tokens(), signature), signature, staging, recorder, max_batch=max_batch, **options
+    )
+    return found, staging, recorder
+
+
+def text(samples, length):
+    random = np.random.default_rng(100 * samples + length)
+    return {
+        "ids": random.integers(1, 10, (samples, length)),
+        "weights": random.random((samples, length), dtype=np.float32),
+    }
+
+
+def run(found, staging, batch):
+    """Arrays, or None where no graph was replayed."""
+    with staging.computing():
+        outputs = found.compute(batch)
+        return None if outputs is None else staging.give_out(outputs)
+
+
+@pytest.fixture(autouse=True)
+def log(caplog, monkeypatch):
+    """Lines of the log; another test may have kept them from caplog."""
+    monkeypatch.setattr(logging.getLogger("torchport"), "propagate", True)
+    caplog.set_level(logging.WARNING, "torchport")
+    return caplog
+
+
+class TestBuckets:
+    def test_batches_and_lengths_are_powers_of_two_and_the_largest(self):
+        found = buckets(TEXT, 6)
+        assert {bucket.samples for bucket in found} == {1, 2, 4, 6}
+        assert {bucket.sizes["length"] for bucket in found} == {16, 32, 40}
+        assert len(found) == 12
+
+    def test_the_largest_comes_first(self):
+        found = buckets(TEXT, 6)
+        assert found[0] == Bucket(samples=6, sizes={"length": 40})
+        assert [bucket.positions for bucket in found] == sorted((b.positions for b in found), reverse=True)
+
+    def test_without_dynamic_axes_there_are_batches_alone(self):
+        assert [(bucket.samples, bucket.sizes) for bucket in buckets(PICTURE, 5)] == [
+            (5, {}),
+            (4, {}),
+            (2, {}),
+            (1, {}),
+        ]
+
+    @pytest.mark.parametrize(
+        ("minimum", "maximum", "lengths"),
+        [(1, 8, {8}), (1, 16, {16}), (1, 17, {16, 17}), (20, 50, {32, 50}), (64, 64, {64}), (33, 128, {64, 128})],
+    )
+    def test_lengths_lie_between_the_bounds_and_are_not_short(self, minimum, maximum, lengths):
+        signature = dataclasses.replace(TEXT, axes={"length": Axis(minimum=minimum, maximum=maximum)})
+        assert {bucket.sizes["length"] for bucket in buckets(signature, 2)} == lengths
+
+    def test_axes_that_cannot_be_padded_have_their_bounds_alone(self):
+        inputs = tuple(dataclasses.replace(spec, padding=None) for spec in TEXT.inputs)
+        found = buckets(dataclasses.replace(TEXT, inputs=inputs), 1)
+        assert [bucket.sizes["length"] for bucket in found] == [40, 1]
+
+    @pytest.mark.parametrize("axes", [1, 2, 3, 6])
+    def test_their_number_is_bounded_and_the_largest_is_among_them(self, axes):
+        names = [f"axis{i}" for i in range(axes)]
+        spec = TensorSpec(name="x", dtype="float32", shape=("batch", *names), padding=0)
+        signature = Signature(
+            task=TENSOR,
+            inputs=(spec,),
+            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch",)),),
+            axes={name: Axis(minimum=1, maximum=5000) for name in names},
+        )
+        found = buckets(signature, 256)
+        assert 1 <= len(found) <= MOST_GRAPHS
+        assert found[0] == Bucket(samples=256, sizes=dict.fromkeys(names, 5000))
+
+    def test_an_output_whose_length_nobody_knows_rules_padding_out(self):
+        assert is_paddable(TEXT)
+        strange = TensorSpec(name="boxes", dtype="float32", shape=("batch", "count", 4))
+        assert not is_paddable(dataclasses.replace(TEXT, outputs=(*TEXT.outputs, strange)))
+
+
+class TestCompute:
+    @pytest.mark.parametrize("samples", range(1, 7))
+    @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 39, 40])
+    def test_a_graph_gives_what_the_module_gives(self, samples, length):
+        found, staging, recorder = graphs()
+        batch = text(samples, length)
+        outputs = run(found, staging, batch)
+        assert recorder.replays == 1
+        with torch.inference_mode():
+            pooled, tokens = Tokens()(*(torch.from_numpy(array) for array in batch.values()))
+        np.testing.assert_allclose(outputs["pooled"], pooled.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(outputs["tokens"], tokens.numpy(), rtol=1e-5, atol=1e-6)
+
+    def test_the_smallest_bucket_is_taken(self, monkeypatch):
+        found, staging, _ = graphs()
+        taken = []
+        take_in = staging.take_in
+        monkeypatch.setattr(
+            staging, "take_in", lambda batch, into: (taken.append(tuple(into[0].shape)), take_in(batch, into=into))
+        )
+        for samples, length in [(1, 1), (3, 16), (2, 17), (5, 40), (4, 33)]:
+            run(found, staging, text(samples, length))
+        assert taken == [(1, 16), (4, 16), (2, 32), (6, 40), (4, 40)]
+
+    def test_batches_in_any_order_do_not_disturb_each_other(self):
+        found, staging, _ = graphs()
+        shapes = [(6, 40), (1, 3), (2, 20), (6, 40), (5, 11), (1, 40)]
+        outputs = [run(found, staging, text(*shape))["pooled"] for shape in shapes]
+        for shape, pooled in zip(shapes, outputs, strict=True):
+            alone, other, _ = graphs()
+            np.testing.assert_array_equal(pooled, run(alone, other, text(*shape))["pooled"])
+
+    def test_inputs_of_all_graphs_share_their_memory(self):
+        found, _, recorder = graphs()
+        assert recorder.captures == len(found.captured) == 12
+        assert len({graph.inputs[0].data_ptr() for graph in found._graphs}) == 1
+
+    def test_what_fits_no_bucket_runs_without_and_the_log_says_so_once(self, log):
+        found, staging, recorder = graphs()
+        assert run(found, staging, text(7, 3)) is None
+        assert run(found, staging, text(1, 41)) is None
+        assert run(found, staging, text(6, 40)) is not None
+        assert recorder.replays == 1
+        assert [record.getMessage() for record in log.records] == [
+            "batches that no CUDA graph was captured for run without one, such as ids [7, 3], weights [7, 3]"
+        ]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda batch: {**batch, "weights": batch["weights"][:, :2]},
+            lambda batch: {**batch, "weights": batch["weights"][:1]},
+            lambda batch: {**batch, "weights": batch["weights"].astype(np.float64)},
+            lambda batch: {**batch, "ids": batch["ids"][..., np.newaxis]},
+        ],
+        ids=["another length", "fewer samples", "another dtype", "another axis"],
+    )
+    def test_batches_unlike_the_signature_are_left_to_the_module(self, change):
+        found, staging, _ = graphs()
+        assert run(found, staging, change(text(2, 4))) is None
+
+    def test_without_padding_only_exact_lengths_are_replayed_and_batches_still_filled_up(self):
+        inputs = tuple(dataclasses.replace(spec, padding=None) for spec in TEXT.inputs)
+        found, staging, recorder = graphs(signature=dataclasses.replace(TEXT, inputs=inputs))
+        assert run(found, staging, text(3, 39)) is None
+        outputs = run(found, staging, text(3, 40))
+        assert (recorder.replays, outputs["tokens"].shape) == (1, (3, 40, 4))
+
+    def test_pictures_have_their_channels_last(self):
+        seen = []
+
+        class Convolution(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.layer = nn.Conv2d(3, 2, 3, padding=1)
+
+            def forward(self, x):
+                seen.append(x.is_contiguous(memory_format=torch.channels_last))
+                return self.layer(x)
+
+        found, staging, _ = graphs(Convolution(), PICTURE, channels_last=True)
+        batch = {"x": np.random.default_rng(0).random((3, 3, 4, 5), dtype=np.float32)}
+        outputs = run(found, staging, batch)
+        assert all(seen)
+        with torch.inference_mode():
+            expected = Convolution()(torch.from_numpy(batch["x"])).numpy()
+        np.testing.assert_allclose(outputs["y"], expected, rtol=1e-5, atol=1e-6)
+
+    def test_an_output_that_only_the_model_knows_the_length_of_stays_whole(self):
+        class Pairs(nn.Module):
+            def forward(self, x):
+                return torch.cat([x, x], 1)
+
+        signature = Signature(
+            task=TENSOR,
+            inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
+            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", "count")),),
+        )
+        found, staging, _ = graphs(Pairs(), signature)
+        assert run(found, staging, {"x": np.ones((5, 3), np.float32)})["y"].shape == (5, 6)
+
+
+class TestCaptureThatFails:
+    @pytest.mark.parametrize("at", [1, 5])
+    @pytest.mark.parametrize(
+        "error",
+        [RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore"), out_of_memory()],
+        ids=["values decide", "no memory"],
+    )
+    def test_the_model_runs_without_graphs_and_one_line_says_so(self, log, error, at):
+        found, staging, recorder = graphs(recorder=FakeRecorder(error, at))
+        assert recorder.captures == at
+        assert found.captured == []
+        assert run(found, staging, text(2, 3)) is None
+        assert run(found, staging, text(7, 3)) is None
+        (record,) = log.records
+        assert record.getMessage().startswith("the model runs without CUDA graphs, since it cannot be captured: CUDA")
+        assert "\n" not in record.getMessage()
+
+    def test_the_log_has_the_first_of_two_errors(self, log):
+        class FailsTwice(FakeRecorder):
+            def capture(self, run):
+                try:
+                    raise RuntimeError("the model looks at a value")
+                finally:
+                    raise RuntimeError("the capture was invalidated")
+
+        graphs(recorder=FailsTwice())
+        assert "cannot be captured: the model looks at a value" in log.text
+
+    def test_an_output_whose_rows_are_no_samples_is_not_captured(self, log):
+        class Merges(nn.Module):
+            def forward(self, x):
+                return x[:1, :2]
+
+        found, _, _ = graphs(Merges(), PICTURE)
+        assert found.captured == []
+        assert "its 'y' has the shape [1, 2, 4, 5], unlike the signature" in log.text
+
+    def test_captures_end_when_they_take_long(self, log):
+        times = iter([0.0, 1.0, 29.0, 31.0])
+        found, staging, recorder = graphs(clock=lambda: next(times))
+        assert recorder.captures == 2
+        assert [bucket.positions for bucket in found.captured] == [192, 240]
+        assert run(found, staging, text(6, 40)) is not None
+        assert [record.getMessage() for record in log.records] == [
+            "CUDA graphs took long to capture: the 10 smallest of 12 shapes of batches run without"
+        ]
+
+
+class FakeCuda:
+    """What the recorder calls of ``torch.cuda``, in order."""
+
+    def __init__(self, monkeypatch):
+        self.events = []
+        self.current = self.stream_named("computing")
+        self._pools = itertools.count()
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream_named("recording"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
+        for name in ("graph_pool_handle", "current_stream", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(
+                torch._C, name, lambda *given, name=name: self.events.append((name, *given)), raising=False
+            )
+
+    def stream_named(self, name):
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: self.events.append(f"{name} waits for {other.name}")
+        )
+
+    def new_graph(self):
+        return SimpleNamespace(replay=lambda: self.events.append("replay"))
+
+    def graph_pool_handle(self):
+        return f"pool {next(self._pools)}"
+
+    def current_stream(self, device):
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.events.append(f"capture on {stream.name} in {pool}")
+        yield
+        self.events.append("captured")
+
+
+class TestCudaRecorder:
+    def run(self, cuda, fails=False):
+        def run():
+            cuda.events.append(f"run on {cuda.current.name}")
+            if fails and any(str(event).startswith("capture on") for event in cuda.events):
+                raise RuntimeError("looks at a value")
+            return ["output"]
+
+        return run
+
+    def test_it_runs_first_where_it_then_records(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        recorder = CudaRecorder(torch.device("cuda", 1), tune=False)
+        replay, outputs = recorder.capture(self.run(cuda))
+        assert outputs == ["output"]
+        assert cuda.events == [
+            "recording waits for computing",
+            *["run on recording"] * 3,
+            "capture on recording in pool 0",
+            "run on recording",
+            "captured",
+            "computing waits for recording",
+        ]
+        replay()
+        assert cuda.events[-1] == "replay"
+
+    def test_graphs_share_a_pool(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        recorder = CudaRecorder(torch.device("cuda", 1), tune=False)
+        for _ in range(2):
+            recorder.capture(self.run(cuda))
+        assert cuda.events.count("capture on recording in pool 0") == 2
+
+    def test_a_capture_that_fails_is_forgotten_and_the_stream_is_as_it_was(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        recorder = CudaRecorder(torch.device("cuda", 1), tune=True)
+        with pytest.raises(RuntimeError, match="looks at a value"):
+            recorder.capture(self.run(cuda, fails=True))
+        assert cuda.events[-2:] == [("_cuda_endAllocateToPool", 1, "pool 0"), ("_cuda_releasePool", 1, "pool 0")]
+        assert cuda.current.name == "computing"
+        assert torch.backends.cudnn.benchmark is False
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cudnn_is_tuned_for_captures_only(monkeypatch, before, wanted):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+
+    def capture():
+        with _tuned(wanted):
+            assert torch.backends.cudnn.benchmark is (before or wanted)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        capture()
+    assert torch.backends.cudnn.benchmark is before
