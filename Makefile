@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-integration lint format typecheck check constraints image clean
+.PHONY: help install demo test test-unit test-integration test-gpu bench-gpu lint format typecheck check constraints image clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -30,6 +30,12 @@ test-unit: install  ## Unit tests only
 
 test-integration: install  ## Tests with a real TorchServe only
 	$(BIN)/pytest tests/integration
+
+test-gpu: install  ## Tests on a CUDA GPU; skipped without one (docs/gpu.md)
+	$(BIN)/pytest tests/gpu
+
+bench-gpu: install  ## What one GPU does with an encoder and a CNN; BENCH_FLAGS="--budget 300 ..."
+	$(BIN)/python tests/benchmarks/gpu_limits.py $(BENCH_FLAGS)
 
 lint: install  ## Style and likely mistakes
 	$(BIN)/ruff check .

@@ -122,7 +122,9 @@ def _print_ready(server: TorchServe, archives: list[Archive]) -> None:
         ]
         label = sample.get("label")
         expected = "" if label is None else f" (the answer should be {label!r})"
-        print(f"{archive.name} {archive.version} is ready. Try it{expected}:")
+        place = server.places.get(archive.name)
+        where = f" ({place})" if place else ""
+        print(f"{archive.name} {archive.version} is ready{where}. Try it{expected}:")
         print(f"  {shlex.join(command)}", flush=True)
     print(f"metrics: {state.metrics_url}/metrics   log: {server.log_file}   stop with Ctrl-C", flush=True)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.errors import StartError
+from deploy.gpu import VISIBLE_DEVICES, collector_command, runs_on_gpu, usable_gpus
 from deploy.ports import Ports
 
 CONFIG_FILE = "config.properties"
 _PACKAGE = Path(__file__).parent
 LOG_CONFIG = _PACKAGE / "log4j2.xml"
 METRICS_CONFIG = _PACKAGE / "metrics.yaml"
+
+# Seconds. As often as Prometheus usually asks; TorchServe's own minute shows little of a GPU's load.
+_METRICS_INTERVAL_S = 15
 
 
 def find_properties() -> Path:
@@ -48,6 +53,9 @@ def server_properties(ports: Ports, *, host: str, model_store: Path, models: Map
 
     Returns:
         The text of a properties file.
+
+    Raises:
+        StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
     """
     overrides = {
         "inference_address": f"http://{host}:{ports.inference}",
@@ -59,9 +67,42 @@ def server_properties(ports: Ports, *, host: str, model_store: Path, models: Map
         "load_models": ",".join(f"{name}={path.name}" for name, path in models.items()),
         "metrics_config": str(METRICS_CONFIG),
         "enable_model_api": str(scalable).lower(),
+        **gpu_properties(models),
     }
     merged = {**read_properties(find_properties()), **overrides}
     return "".join(f"{key}={_escape(value)}\n" for key, value in merged.items())
+
+
+def gpu_properties(models: Mapping[str, Path]) -> dict[str, str]:
+    """How many GPUs TorchServe hands out to workers, in turn, and what reads their metrics.
+
+    Args:
+        models: Archive file by model name.
+
+    Returns:
+        Properties that replace those of the project's file.
+
+    Raises:
+        StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
+    """
+    if not any(runs_on_gpu(path) for path in models.values()):
+        # TorchServe would give every worker one that it makes no use of, and ask nvidia-smi about each at every look.
+        return {"number_of_gpu": "0"}
+    try:
+        gpus = usable_gpus(os.environ)
+    except ValueError as error:
+        raise StartError(
+            f"{error}, and TorchServe 0.12 reads only numbers there; name the GPUs by their numbers, such as "
+            f"{VISIBLE_DEVICES}=0,1, or unset it"
+        ) from error
+    if not gpus:
+        return {}  # a worker says better what is missing
+    return {
+        "number_of_gpu": str(gpus),
+        "disable_system_metrics": "false",
+        "system_metrics_cmd": collector_command(),
+        "metric_time_interval": str(_METRICS_INTERVAL_S),
+    }
 
 
 def _escape(value: str) -> str:

@@ -17,12 +17,16 @@ from typing import Any
 from deploy.errors import JavaError
 from deploy.java import REMEDY, find_java
 from deploy.ports import is_free
+from deploy.provider_probe import TORCH
 
 _MINIMUM_PYTHON = (3, 11)
 _PACKAGES = ("torch", "torchserve", "torch-model-archiver", "onnx", "onnxscript", "tokenizers", "locust")
 _PORTS = {8080: "inference", 8081: "management", 8082: "metrics", 8083: "gRPC inference", 8084: "gRPC management"}
 _PROBE_TIMEOUT_S = 120
 _INSTALL = "run `make install` in torchport's folder"
+_TOO_LATE = "it did not start within"
+_DRIVER = "check with `nvidia-smi` that the driver works and supports this torch's CUDA; everything works on the CPU"
+_GIB = 2**30
 # Providers of the onnxruntime-gpu wheel that torchport has no use for are listed by ONNX Runtime too.
 _PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 # A library that the dynamic linker misses, or what CUDA itself answered.
@@ -57,7 +61,10 @@ def examine() -> Iterator[Finding]:
     for package in _PACKAGES:
         yield _package(package)
     yield _java()
-    yield _gpu()
+    gpu = _gpu()
+    yield gpu
+    if gpu.status == "ok":
+        yield from _each_gpu()
     yield from _onnx_runtime()
     for port, purpose in _PORTS.items():
         yield _port(port, purpose)
@@ -108,6 +115,26 @@ def _gpu() -> Finding:
     )
 
 
+def _each_gpu() -> Iterator[Finding]:
+    """Let torch compute something on each GPU; see :mod:`deploy.provider_probe`."""
+    answer, reason = _probe(TORCH)
+    if answer is None:
+        yield Finding(what="GPU 0", status="absent", detail=f"torch computes nothing there: {reason}", remedy=_DRIVER)
+        return
+    for index, gpu in enumerate(answer["gpus"]):
+        memory = f"{gpu['free'] / _GIB:.1f} of {gpu['total'] / _GIB:.1f} GiB free"
+        found = f"{gpu['name']}, compute capability {gpu['capability']}, {memory}"
+        if gpu["right"]:
+            yield Finding(what=f"GPU {index}", status="ok", detail=f"{found}; computes a matrix product")
+        else:
+            yield Finding(
+                what=f"GPU {index}",
+                status="absent",
+                detail=f"{found}; a matrix product came out WRONG",
+                remedy="serve nothing on it: leave it out of CUDA_VISIBLE_DEVICES, and have the card looked at",
+            )
+
+
 def _onnx_runtime() -> Iterator[Finding]:
     try:
         import onnxruntime  # noqa: PLC0415  # slow, and may be missing
@@ -128,10 +155,30 @@ def _does_not_import(what: str, error: Exception) -> Finding:
 
 def _provider(provider: str) -> Finding:
     """Start a provider for real; see :mod:`deploy.provider_probe`."""
+    answer, reason = _probe(provider)
+    if reason is not None and reason.startswith(_TOO_LATE):
+        return _failed_provider(provider, reason)
+    providers = [] if answer is None else answer["providers"]
+    if answer is None or providers[:1] != [provider]:
+        instead = f"; ONNX Runtime would silently use {providers[0]} instead" if providers else ""
+        return _failed_provider(provider, f"cannot start: {reason}{instead}")
+    if answer.get("wrong"):
+        places = ", ".join(f"GPU {index}" for index in answer["wrong"]) if answer.get("gpus") else "here"
+        return _failed_provider(provider, f"computes a tiny graph WRONG ({places})")
+    everywhere = f" on each of {answer['gpus']} GPUs" if answer.get("gpus", 0) > 1 else ""
+    return Finding(what=provider, status="ok", detail=f"computes a tiny graph{everywhere}")
+
+
+def _probe(name: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Run a probe in a process of its own.
+
+    Returns:
+        Its answer, None if it gave none; and what it wrote of a failure, whether or not there is an answer.
+    """
     try:
         done = subprocess.run(
             # -P: a folder deploy/ where the user stands must not be taken for ours.
-            [sys.executable, "-P", "-m", "deploy.provider_probe", provider],
+            [sys.executable, "-P", "-m", "deploy.provider_probe", name],
             capture_output=True,
             text=True,
             errors="replace",
@@ -139,14 +186,11 @@ def _provider(provider: str) -> Finding:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _failed_provider(provider, f"it did not start within {_PROBE_TIMEOUT_S} s")
+        return None, f"{_TOO_LATE} {_PROBE_TIMEOUT_S} s"
     lines = done.stdout.strip().splitlines()
-    providers = json.loads(lines[-1])["providers"] if done.returncode == 0 and lines else []
-    if providers[:1] == [provider]:
-        return Finding(what=provider, status="ok", detail="computes a tiny graph")
-    instead = f"; ONNX Runtime would silently use {providers[0]} instead" if providers else ""
     crash = f" (its process ended by {_signal_name(-done.returncode)})" if done.returncode < 0 else ""
-    return _failed_provider(provider, f"cannot start: {_reason(done.stderr)}{crash}{instead}")
+    answer = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    return answer, f"{_reason(done.stderr)}{crash}"
 
 
 def _signal_name(number: int) -> str:

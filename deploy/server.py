@@ -23,6 +23,7 @@ import psutil
 from deploy import continuous, frontend_classes
 from deploy.configuration import LOG_CONFIG, server_properties
 from deploy.errors import StartError, StateError
+from deploy.gpu import placement
 from deploy.java import find_java
 from deploy.ports import LOOPBACK, Ports, check_host
 from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
@@ -45,6 +46,8 @@ _REQUEST_TIMEOUT_S = 10.0
 # Between TorchServe's end and the last line that it printed.
 _LAST_WORDS_S = 2.0
 _TAIL_LINES = 15
+# The launcher's word on `vmargs`, which are ours: nothing that anybody need be warned of.
+_OF_OUR_OWN = "Warning: TorchServe is using non-default JVM parameters: "
 # What a worker's handler writes when it refuses to become ready, and what TorchServe writes of its own failures.
 _REFUSED = "is not served: "
 _FATAL = ("Failed to load model", "Invalid configuration", "Address already in use", "Failed to bind")
@@ -61,6 +64,9 @@ class TorchServe:
         scheduling: ``continuous`` where that is possible, or ``batches``, TorchServe's own way.
         echo: Where TorchServe's log lines go, besides its log file; None for nowhere.
         drain_s: How long it answers what is in flight when it is stopped; what is left then gets 503.
+
+    Attributes:
+        places: Where each model's workers run, in words, once they are ready; empty for those on a CPU.
 
     Raises:
         ArchiveError: If an archive was replaced after it was verified.
@@ -98,6 +104,7 @@ class TorchServe:
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._refusal: str | None = None
         self._temporary: Path | None = None
+        self.places: dict[str, str] = {}
         # Whatever is taken is given back when the stack is closed, in reverse order.
         self._taken = contextlib.ExitStack()
         reachable = LOOPBACK if host == "0.0.0.0" else host  # a comparison, not a binding
@@ -217,6 +224,8 @@ class TorchServe:
         """Copy the log, and remember what matters to somebody who waits."""
         with stream:
             for line in stream:
+                if line.startswith(_OF_OUR_OWN):
+                    continue
                 self._tail.append(line.rstrip())
                 if self._refusal is None and (_REFUSED in line or any(word in line for word in _FATAL)):
                     self._refusal = line.partition(_REFUSED)[2].strip() or line.strip()
@@ -256,6 +265,7 @@ class TorchServe:
                     self._scale()
                     scaled = True
                 elif all(self._all_ready(found) for found in workers.values()):
+                    self.places = {name: placement(found) for name, found in workers.items()}
                     self.state.write()
                     return
             time.sleep(_POLL_S)

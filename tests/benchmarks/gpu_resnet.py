@@ -3,12 +3,9 @@
 Eager archives carry this file, so it imports nothing but torch.
 """
 
-import torch
 from torch import Tensor, nn
 
 EXPANSION = 4
-# Of each block's last normalisation: with 1, the random weights of sixteen blocks would blow the activations up.
-RESIDUAL_SCALE = 0.25
 
 
 class Bottleneck(nn.Module):
@@ -65,11 +62,7 @@ class ResNet(nn.Module):
 
 def build_resnet(*, blocks: list[int], width: int, num_classes: int) -> ResNet:
     """Fresh weights from torch's global random generator; ResNet-50 has blocks of 3, 4, 6, 3 and a width of 64."""
-    model = ResNet(blocks=blocks, width=width, num_classes=num_classes)
-    with torch.no_grad():
-        for block in model.stages:
-            block.body[-1].weight.fill_(RESIDUAL_SCALE)
-    return model
+    return ResNet(blocks=blocks, width=width, num_classes=num_classes)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> tuple[nn.Module, nn.Module]:

@@ -297,6 +297,7 @@ class StandingServer:
 
     def __init__(self, folder: Path) -> None:
         self.temporary_folder = folder
+        self.places: dict[str, str] = {}
         self.log_file = folder / "torchserve.log"
         self.state = ServerState(
             folder=folder,

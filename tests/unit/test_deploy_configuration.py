@@ -57,12 +57,17 @@ def torchserve_jar() -> Path:
 
 @pytest.fixture(scope="module")
 def known_words() -> set[str]:
-    """Every lower-case word among the constants of TorchServe's ConfigManager; its keys are some of them."""
+    """Every lower-case word among the constants of TorchServe's ConfigManager; its keys are some of them.
+
+    And the one key that is for TorchServe's launcher, which is written in Python.
+    """
     with zipfile.ZipFile(torchserve_jar()) as jar:
         content = jar.read(CONFIG_MANAGER)
     # A constant is the byte 1, its length in two bytes, and its text.
     found = re.finditer(rb"\x01\x00(.)([a-z][a-z0-9_]*)", content, re.DOTALL)
-    return {match[2][: match[1][0]].decode() for match in found if len(match[2]) >= match[1][0]}
+    words = {match[2][: match[1][0]].decode() for match in found if len(match[2]) >= match[1][0]}
+    launcher = (torchserve_jar().parents[1] / "model_server.py").read_text(encoding="utf-8")
+    return words | {key for key in ("vmargs",) if f'props.get("{key}")' in launcher}
 
 
 def test_comments_and_blank_lines_are_skipped(tmp_path: Path) -> None:
@@ -177,7 +182,7 @@ def test_the_log_goes_to_stdout_and_holds_warnings_only() -> None:
 def test_the_metrics_are_what_torchserve_requires() -> None:
     document = yaml.safe_load(METRICS_CONFIG.read_text(encoding="utf-8"))
     assert set(document) == {"dimensions", "ts_metrics", "model_metrics"}
-    assert set(document["dimensions"]) == {"ModelName", "WorkerName", "Level", "Hostname"}
+    assert set(document["dimensions"]) == {"ModelName", "WorkerName", "Level", "Hostname", "device_id"}
     for section in ("ts_metrics", "model_metrics"):
         assert set(document[section]) <= {"counter", "gauge", "histogram"}
         for metrics in document[section].values():
@@ -187,4 +192,10 @@ def test_the_metrics_are_what_torchserve_requires() -> None:
     assert declared == {
         *("Requests2XX", "Requests4XX", "Requests5XX", "QueueTime", "WorkerThreadTime", "WorkerLoadTime"),
         *("ts_inference_requests_total", "ts_inference_latency_microseconds", "ts_queue_latency_microseconds"),
+        *("GPUUtilization", "GPUMemoryUtilization", "GPUMemoryUsed"),
     }
+
+
+def test_no_gpu_is_handed_out_to_models_for_a_cpu(tmp_path: Path, known_words: set[str]) -> None:
+    assert written(tmp_path)["number_of_gpu"] == "0"
+    assert {"number_of_gpu", "disable_system_metrics", "system_metrics_cmd", "metric_time_interval"} <= known_words

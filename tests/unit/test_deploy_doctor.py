@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy import cli, doctor
+from deploy import cli, doctor, provider_probe
 from deploy.doctor import Finding, examine
 from deploy.errors import JavaError
 
@@ -142,6 +142,78 @@ def test_a_provider_that_crashes_is_absent(probe: Probe, script: str, reason: st
     assert finding.status == "absent"
     assert finding.detail.startswith("cannot start: ")
     assert finding.detail.endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        ({"providers": [CUDA, CPU], "gpus": 1, "wrong": []}, "ok", "computes a tiny graph"),
+        ({"providers": [CUDA, CPU], "gpus": 2, "wrong": []}, "ok", "computes a tiny graph on each of 2 GPUs"),
+        ({"providers": [CUDA, CPU], "gpus": 2, "wrong": [1]}, "absent", "computes a tiny graph WRONG (GPU 1)"),
+    ],
+)
+def test_a_provider_has_to_be_right_on_every_gpu(
+    probe: Probe, answer: dict[str, object], status: str, words: str
+) -> None:
+    probe(f"echo '{json.dumps(answer)}'")
+    finding = doctor._provider(CUDA)
+    assert (finding.status, finding.detail) == (status, words)
+
+
+def test_a_provider_for_the_cpu_that_is_wrong_is_missing(probe: Probe) -> None:
+    probe(f"""echo '{json.dumps({"providers": [CPU], "gpus": 0, "wrong": [0]})}'""")
+    finding = doctor._provider(CPU)
+    assert (finding.status, finding.detail) == ("missing", "computes a tiny graph WRONG (here)")
+
+
+def gpu_answer(right: bool) -> dict[str, object]:
+    return {"name": "NVIDIA H200", "capability": "9.0", "free": 138 << 30, "total": 140 << 30, "right": right}
+
+
+def test_each_gpu_computes_and_says_its_memory(probe: Probe) -> None:
+    probe(f"echo '{json.dumps({'gpus': [gpu_answer(True), gpu_answer(False)]})}'")
+    good, bad = doctor._each_gpu()
+    found = "NVIDIA H200, compute capability 9.0, 138.0 of 140.0 GiB free"
+    assert (good.what, good.status, good.detail) == ("GPU 0", "ok", f"{found}; computes a matrix product")
+    assert (bad.what, bad.status, bad.detail) == ("GPU 1", "absent", f"{found}; a matrix product came out WRONG")
+    assert "CUDA_VISIBLE_DEVICES" in bad.remedy
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("kill -SEGV $$", f"it gave no reason (its process ended by {signal.SIGSEGV.name})"),
+        ("printf 'Traceback (most recent call last):\n\nRuntimeError: CUDA error\n' >&2; exit 1", "CUDA error"),
+        ("exec sleep 60", "it did not start within 0.5 s"),
+    ],
+)
+def test_a_gpu_that_does_not_compute_has_a_remedy(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    monkeypatch.setattr(doctor, "_PROBE_TIMEOUT_S", 0.5)
+    probe(script)
+    (finding,) = doctor._each_gpu()
+    assert finding.status == "absent"
+    assert finding.detail.startswith("torch computes nothing there: ")
+    assert finding.detail.endswith(reason)
+    assert "nvidia-smi" in finding.remedy
+
+
+def test_each_gpu_is_looked_at_where_torch_finds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Finding(what="GPU", status="ok", detail="NVIDIA H200 (CUDA 13.0)")
+    monkeypatch.setattr(doctor, "_gpu", lambda: there)
+    monkeypatch.setattr(doctor, "_onnx_runtime", lambda: iter(()))
+    each = Finding(what="GPU 0", status="ok", detail="NVIDIA H200")
+    monkeypatch.setattr(doctor, "_each_gpu", lambda: iter([each]))
+    found = list(doctor.examine())
+    assert found[found.index(there) + 1] == each
+
+
+def test_the_probe_of_torch_counts_the_gpus_that_there_are() -> None:
+    answer, _ = doctor._probe(provider_probe.TORCH)
+    assert answer is not None
+    assert len(answer["gpus"]) == torch.cuda.device_count()
+    assert all(gpu["right"] for gpu in answer["gpus"])
 
 
 def test_without_the_provider_for_the_cpu_nothing_works(probe: Probe) -> None:
