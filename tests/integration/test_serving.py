@@ -193,16 +193,16 @@ def test_a_request_without_a_token_is_refused(server: RunningServer, held_out: l
     assert response.status_code == 400
 
 
-def test_what_a_client_sends_cannot_forge_a_line_of_the_log(server: RunningServer) -> None:
+def test_what_a_client_sends_does_not_get_into_the_log(server: RunningServer) -> None:
     with server.client() as client:
-        # TorchServe's own answer to a form that is none, and the one place where it logs what a client sent.
+        # A form that is none: of itself TorchServe would log what the client sent.
         response = client.post(
             "/predictions/digits-onnx",
             content=b"a=%zz\n2026-01-01T00:00:00,000 ERROR forged\nb=1",
             headers={"Content-Type": "application/x-www-form-urlencoded"},
         )
-    assert response.status_code == 500
-    assert not [line for line in server.log.read_text().splitlines() if line.endswith("ERROR forged")]
+    assert response.status_code == 400
+    assert "forged" not in server.log.read_text()
 
 
 def test_models_cannot_be_loaded_over_http(server: RunningServer) -> None:
