@@ -109,26 +109,51 @@ def main() -> None:
     request = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        checkpoint = load_checkpoint(
+        artifact = convert_in_this_process(
             Path(request["source"]),
+            Path(request["folder"]),
+            **request["combination"],
+            method=request["method"],
             factory=request["factory"],
             signature_file=_path(request["signature_file"]),
             config=request["config"],
-        )
-        calibration = _path(request["calibration"])
-        artifact = convert(
-            checkpoint.module,
-            checkpoint.signature,
-            Path(request["folder"]),
-            combination=Combination(**request["combination"]),
-            method=request["method"],
-            origin=ModuleSource(factory=checkpoint.factory, config=checkpoint.config),
-            calibration=read_calibration(calibration) if calibration else (),
+            calibration=_path(request["calibration"]),
         )
         answer = {"artifact": artifact.to_document()}
     except ExportError as error:
         answer = {"error": str(error)}
     (Path(request["folder"]) / ANSWER_FILE).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def convert_in_this_process(
+    source: Path,
+    folder: Path,
+    *,
+    format: str,
+    precision: str = "fp32",
+    method: str = TRACE,
+    device: str = "cpu",
+    factory: str | None = None,
+    signature_file: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    calibration: Path | None = None,
+) -> Artifact:
+    """What the process of :func:`convert_in_fresh_process` does; TorchScript files then name this process's types.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be used.
+        ConversionError: As :func:`convert` does.
+    """
+    checkpoint = load_checkpoint(source, factory=factory, signature_file=signature_file, config=config)
+    return convert(
+        checkpoint.module,
+        checkpoint.signature,
+        folder,
+        combination=Combination(format=format, precision=precision, device=device),
+        method=method,
+        origin=ModuleSource(factory=checkpoint.factory, config=checkpoint.config),
+        calibration=read_calibration(calibration) if calibration else (),
+    )
 
 
 def convert(

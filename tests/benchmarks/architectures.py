@@ -45,16 +45,13 @@ from third_party_factories import ARCHITECTURES, Architecture, random_state
 
 import export.candidate
 from export.archive import open_archive
-from export.calibration import read_calibration
 from export.candidate import Candidate, Prepared, Source, convert_and_check, prepare
-from export.checkpoint import load_checkpoint
 from export.combinations import SCRIPT, TRACE, Combination, allowed
-from export.convert import convert
+from export.convert import convert_in_this_process
 from export.errors import ExportError, GateError
 from export.inputs import random_batch, random_samples
 from export.inspection import inspect_archive
 from export.pipeline import ExportOptions, pack
-from handlers.artifact import Artifact, ModuleSource
 from handlers.model import ServedModel
 from handlers.signature import Signature
 from handlers.tensors import Array
@@ -286,32 +283,6 @@ class Subject:
         return differences
 
 
-def convert_in_process(
-    source: Path,
-    folder: Path,
-    *,
-    format: str,
-    precision: str,
-    method: str,
-    device: str,
-    factory: str | None,
-    signature_file: Path | None,
-    config: Mapping[str, Any] | None,
-    calibration: Path | None,
-) -> Artifact:
-    """What the new process of an export does, in this one: the same but for names of types within the file."""
-    checkpoint = load_checkpoint(source, factory=factory, signature_file=signature_file, config=config)
-    return convert(
-        checkpoint.module,
-        checkpoint.signature,
-        folder,
-        combination=Combination(format=format, precision=precision, device=device),
-        method=method,
-        origin=ModuleSource(factory=checkpoint.factory, config=checkpoint.config),
-        calibration=read_calibration(calibration) if calibration else (),
-    )
-
-
 def write_tokenizer(path: Path) -> None:
     """A tokenizer that takes characters for words."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -484,7 +455,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if options.in_process:
-        export.candidate.convert_in_fresh_process = convert_in_process
+        export.candidate.convert_in_fresh_process = convert_in_this_process
     columns = [
         column
         for column in COLUMNS

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from random_classifier import tell_apart
 from torch import Tensor, nn
 
 from export.combinations import Combination
@@ -35,8 +36,6 @@ MEDIAN_LENGTH, SIGMA = 64, 0.6
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _FITTED = 32
-# Of the logits, from sample to sample.
-_SPREAD = 6.0
 
 
 @dataclass(kw_only=True)
@@ -192,11 +191,7 @@ def _fitted(module: nn.Module, inputs: Tensor) -> nn.Module:
         hook = classifier.register_forward_hook(lambda layer, given, output: features.append(given[0]))
         module.eval()(inputs)
         hook.remove()
-        found = features[0]
-        weight = torch.randn(classifier.weight.shape) / found.std(0).clamp_min(1e-3)
-        weight *= (_SPREAD / ((found - found.mean(0)) @ weight.T).std(0))[:, None]
-        classifier.weight.copy_(weight)
-        classifier.bias.copy_(-weight @ found.mean(0))
+        tell_apart(classifier, features[0])
     return module
 
 

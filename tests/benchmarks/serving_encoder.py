@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from random_classifier import tell_apart
 from serving_archives import Subject, compare
 
 from models.text_encoder import TextClassifier, build_text_classifier
@@ -48,8 +49,6 @@ SIGNATURE = {
 }
 SEED = 4
 FITTED, SAMPLES = 256, 256
-# Of the logits, over random requests: sure of most answers, as a trained model is.
-SPREAD = 6.0
 # Of the embeddings: as large as what the layers add to them.
 EMBEDDING_STD = 1.0
 
@@ -88,11 +87,7 @@ def build() -> TextClassifier:
         hook = model.pooled_dropout.register_forward_hook(lambda module, inputs, output: features.append(output))
         model(ids)
         hook.remove()
-        pooled = features[0]
-        weight = torch.randn(CLASSES, pooled.shape[1]) / pooled.std(0).clamp_min(1e-3)
-        weight *= (SPREAD / ((pooled - pooled.mean(0)) @ weight.T).std(0))[:, None]
-        model.classifier.weight.copy_(weight)
-        model.classifier.bias.copy_(-weight @ pooled.mean(0))
+        tell_apart(model.classifier, features[0])
     return model
 
 

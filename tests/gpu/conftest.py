@@ -9,6 +9,7 @@ import torch
 
 from export.candidate import Candidate, Prepared, Source, convert_and_check, prepare
 from export.combinations import Combination, refusal
+from export.convert import convert_in_this_process
 from handlers.model import ServedModel
 
 from . import subjects
@@ -80,6 +81,6 @@ def converting_here() -> None:
     """Convert in this process: a new one would import torch again for each of dozens of artifacts."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
     patch = pytest.MonkeyPatch()
-    patch.setattr("export.candidate.convert_in_fresh_process", subjects.convert_in_process)
+    patch.setattr("export.candidate.convert_in_fresh_process", convert_in_this_process)
     yield
     patch.undo()

@@ -4,18 +4,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from export.calibration import read_calibration
-from export.checkpoint import load_checkpoint
-from export.combinations import Combination
-from export.convert import convert
-from handlers.artifact import Artifact, ModuleSource
 from handlers.tensors import TensorBatch
 from models.convnet import build_conv_classifier
 from models.text_encoder import build_text_classifier
@@ -117,29 +111,3 @@ def random_samples(subject: Subject, lengths: Sequence[int], *, seed: int) -> li
     """One sample of each length."""
     generator = np.random.default_rng(seed)
     return [subject.sample(generator, length) for length in lengths]
-
-
-def convert_in_process(
-    source: Path,
-    folder: Path,
-    *,
-    format: str,
-    precision: str,
-    method: str,
-    device: str,
-    factory: str | None,
-    signature_file: Path | None,
-    config: Mapping[str, Any] | None,
-    calibration: Path | None,
-) -> Artifact:
-    """What the new process of an export does."""
-    checkpoint = load_checkpoint(source, factory=factory, signature_file=signature_file, config=config)
-    return convert(
-        checkpoint.module,
-        checkpoint.signature,
-        folder,
-        combination=Combination(format=format, precision=precision, device=device),
-        method=method,
-        origin=ModuleSource(factory=checkpoint.factory, config=checkpoint.config),
-        calibration=read_calibration(calibration) if calibration else (),
-    )

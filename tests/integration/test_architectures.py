@@ -43,7 +43,7 @@ def outcomes(architectures: ModuleType, folder: Path, name: str, *columns: str) 
 @pytest.fixture
 def quick(architectures: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions in this process: importing transformers takes longer than all they do."""
-    monkeypatch.setattr("export.candidate.convert_in_fresh_process", architectures.convert_in_process)
+    monkeypatch.setattr("export.candidate.convert_in_fresh_process", architectures.convert_in_this_process)
 
 
 @pytest.mark.usefixtures("quick")
