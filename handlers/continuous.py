@@ -116,14 +116,18 @@ class ContinuousWorker:
         # By thread, when it began with the request that it decodes.
         self._decoding: dict[int, float] = {}
         self._closed = False
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        """Answer until the frontend closes the connection; then, what is left of the process may end."""
+        """Answer until the frontend closes the connection; its threads end then, and the process may."""
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         beside = (self._read, self._answer, self._watch) if self._pipelined else (self._watch,)
         for job in beside:
             threading.Thread(target=self._guarded, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
         self._guarded(self._compute if self._pipelined else self._take_turns)
+        self._ended.set()
+        with self._finished:
+            self._finished.notify()
 
     def _guarded(self, job: Callable[[], None]) -> None:
         """A thread that dies would leave clients waiting: the process goes with it, and the frontend notices."""
@@ -262,6 +266,8 @@ class ContinuousWorker:
         while True:
             with self._finished:
                 while not self._computed:
+                    if self._ended.is_set():
+                        return
                     self._finished.wait()
                 done = list(self._computed)
                 self._computed.clear()
@@ -293,8 +299,7 @@ class ContinuousWorker:
 
     def _watch(self) -> None:
         """A model that hangs holds every request: TorchServe's own timeout does not cover this way of serving."""
-        while True:
-            time.sleep(_WATCH_S)
+        while not self._ended.wait(_WATCH_S):
             earliest = time.monotonic() - self._response_timeout_s
             computing = self._model.busy_since
             if computing is not None and computing < earliest:

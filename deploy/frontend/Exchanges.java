@@ -43,6 +43,7 @@ public final class Exchanges extends ChannelDuplexHandler {
     private ChannelHandlerContext context;
     private int unanswered;
     private int written;
+    private boolean saidLast;
 
     /**
      * Waits until every request is answered, and closes each connection behind its answer.
@@ -97,6 +98,7 @@ public final class Exchanges extends ChannelDuplexHandler {
                         && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
         if (draining && !interim && message instanceof HttpResponse && unanswered <= 1) {
             HttpUtil.setKeepAlive((HttpResponse) message, false);
+            saidLast = true;
         }
         if (!interim && message instanceof LastHttpContent && unanswered > 0) {
             unanswered--;
@@ -120,7 +122,8 @@ public final class Exchanges extends ChannelDuplexHandler {
         written--;
         if (unanswered <= 0 && written <= 0) {
             BUSY.remove(this);
-            if (draining) {
+            // A client whose answer went out just before the wait began may be asking again already.
+            if (saidLast) {
                 context.close();
             }
         }

@@ -13,6 +13,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -160,14 +161,12 @@ def positions_of(content: bytes, number: int) -> list[int]:
     ]
 
 
-def damaged_copies(content: bytes, positions: list[int]) -> list[tuple[int, bytes]]:
+def damaged_copies(content: bytes, positions: list[int]) -> Iterator[tuple[int, bytes]]:
     generator = random.Random(1)
-    copies = []
     for position in positions:
         damaged = bytearray(content)
         damaged[position] ^= generator.randrange(1, 256)
-        copies.append((position, bytes(damaged)))
-    return copies
+        yield position, bytes(damaged)
 
 
 def test_flipped_bytes_of_every_region_are_refused_at_inspect(real: bytes, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -58,9 +58,12 @@ class Server:
         with connection, connection.makefile("rb") as stream:
             while True:
                 try:
-                    head = b"".join(iter(stream.readline, b"\r\n"))
-                    if not head:
-                        return
+                    lines = []
+                    while (line := stream.readline()) not in (b"\r\n", b""):
+                        lines.append(line)
+                    if not line:
+                        return  # the client has left
+                    head = b"".join(lines)
                     length = next(line for line in head.splitlines() if line.startswith(b"Content-Length"))
                     body = stream.read(int(length.split()[1]))
                     with self._lock:
@@ -81,7 +84,8 @@ class Server:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in self._open:
-            connection.close()
+            with suppress(OSError):  # it has been closed already
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
