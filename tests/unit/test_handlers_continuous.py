@@ -404,6 +404,12 @@ def test_closing_the_connection_ends_it(run, model):
     worker.close()
     idle = run(model)
     idle.close()
+    own = [
+        thread for thread in threading.enumerate() if thread.name.startswith(("torchport_answer", "torchport_watch"))
+    ]
+    for thread in own:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
 
 
 def test_closing_it_in_the_middle_of_a_request_and_of_a_batch_ends_it(run, model, backend):
