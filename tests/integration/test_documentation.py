@@ -57,7 +57,7 @@ def blocks(page: str) -> Iterator[Block]:
 def pages(
     request: pytest.FixtureRequest, run_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[int]]]:
-    """How many commands each page had that was asked for, once all of them have run."""
+    """The run of each page that was asked for, a few at a time; it gives how many commands there were."""
     chosen = [
         item.callspec.params["page"]
         for item in request.session.items
@@ -79,7 +79,7 @@ def test_the_blocks_of_a_page_run_as_they_stand(pages: dict[str, Future[int]], p
 
 
 def run_page(page: str, folder: Path, port: int, trained: Path) -> int:
-    """Run the blocks of a page, and count its commands; only the README trains the digits itself."""
+    """Run the blocks of a page, and count its commands; only the README trains the digits, others get a copy of ``trained``."""
     (folder / ".venv").symlink_to(sys.prefix)
     environment = {
         **os.environ,
