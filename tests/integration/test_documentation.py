@@ -79,7 +79,7 @@ def test_the_blocks_of_a_page_run_as_they_stand(pages: dict[str, Future[int]], p
 
 
 def run_page(page: str, folder: Path, port: int, trained: Path) -> int:
-    """Run the blocks of a page, and count its commands; only the README trains the digits, others get a copy of ``trained``."""
+    """Run the blocks of a page, and count its commands; only the README trains the digits, others copy ``trained``."""
     (folder / ".venv").symlink_to(sys.prefix)
     environment = {
         **os.environ,
