@@ -56,7 +56,8 @@ RUN groupadd --gid 10001 torchport && \
 
 COPY --from=packages /opt/venv /opt/venv
 COPY config.properties deploy/log4j2.xml deploy/metrics.yaml deploy/entrypoint.sh deploy/container.py /opt/torchport/
-COPY deploy/frontend/AsyncBatchAggregator.class /opt/torchport/classes/org/pytorch/serve/wlm/
+COPY deploy/frontend/Arrivals.class deploy/frontend/AsyncBatchAggregator.class \
+     /opt/torchport/classes/org/pytorch/serve/wlm/
 COPY deploy/frontend/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
 COPY deploy/frontend/ClientErrors.class deploy/frontend/Exchanges.class deploy/frontend/ServerInitializer.class \
      /opt/torchport/classes/org/pytorch/serve/

@@ -1,8 +1,8 @@
 """Classes of TorchServe's frontend that are ours, put where Java finds them before its own.
 
-One hands out requests in continuous serving (``frontend/AsyncBatchAggregator.java``). Three let the frontend answer
-what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``), and one answers broken
-forms with 400 (``frontend/ClientErrors.java``). See docs/decisions/014.
+Two hand out requests in continuous serving (``frontend/Arrivals.java``, ``frontend/AsyncBatchAggregator.java``). Three
+let the frontend answer what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``),
+and one answers broken forms with 400 (``frontend/ClientErrors.java``). See docs/decisions/014.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from deploy.errors import StartError
 from handlers.digests import sha256
 
 _PACKAGE = "org/pytorch/serve"
-_BY_SCHEDULING = f"{_PACKAGE}/wlm/AsyncBatchAggregator.class"
+_AGGREGATOR = f"{_PACKAGE}/wlm/AsyncBatchAggregator.class"
 # Of the classes that ours take the place of, in TorchServe 0.12.0. Any other release may call them differently.
 _STOCK_SHA256 = {
-    _BY_SCHEDULING: "aed0a24091f876e16c3138c335df25fca0380fb704212bc3b53f004c78111cf4",
+    _AGGREGATOR: "aed0a24091f876e16c3138c335df25fca0380fb704212bc3b53f004c78111cf4",
     f"{_PACKAGE}/ServerInitializer.class": "096cdc16ec94359c5bafd0fddf4443e3d9a8c7656863d0b57bf1586fd2f8f700",
     f"{_PACKAGE}/util/ServerGroups.class": "8c4327920bcaae8e5f6a9f9b6ec5c028515e95752140a4c74e43ebe29db3ef65",
 }
-# These take nobody's place.
-CLASSES = (*_STOCK_SHA256, f"{_PACKAGE}/Exchanges.class", f"{_PACKAGE}/ClientErrors.class")
+_ARRIVALS = f"{_PACKAGE}/wlm/Arrivals.class"
+# The last three take nobody's place.
+CLASSES = (*_STOCK_SHA256, _ARRIVALS, f"{_PACKAGE}/Exchanges.class", f"{_PACKAGE}/ClientErrors.class")
+CONTINUOUS_CLASSES = (_AGGREGATOR, _ARRIVALS)
 _OURS = Path(__file__).parent / "frontend"
 
 
@@ -58,7 +60,7 @@ def install(folder: Path, *, continuous: bool) -> bool:
     if not is_known_release():
         return False
     for name in CLASSES:
-        if name == _BY_SCHEDULING and not continuous:
+        if name in CONTINUOUS_CLASSES and not continuous:
             continue
         target = folder / name
         try:

@@ -28,8 +28,8 @@ from handlers.errors import DigestError
 from handlers.settings import WorkerSettings
 
 # Classes that TorchServe has none of.
-NOBODYS = {"org/pytorch/serve/Exchanges.class", "org/pytorch/serve/ClientErrors.class"}
-BY_SCHEDULING = "org/pytorch/serve/wlm/AsyncBatchAggregator.class"
+NOBODYS = {f"org/pytorch/serve/{name}.class" for name in ("wlm/Arrivals", "Exchanges", "ClientErrors")}
+BY_SCHEDULING = {f"org/pytorch/serve/wlm/{name}.class" for name in ("Arrivals", "AsyncBatchAggregator")}
 SOURCES = Path(deploy.__file__).parent / "frontend"
 JAR = Path(str(find_spec("ts").submodule_search_locations[0])) / "frontend" / "model-server.jar"  # type: ignore[union-attr, index]
 CONFIG = b"minWorkers: 2\nmaxWorkers: 2\nbatchSize: 16\nmaxBatchDelay: 5\ntorchport:\n  threads: 3\n"
@@ -215,7 +215,7 @@ class TestInstall:
     def test_batches_get_those_for_the_stop(self, tmp_path: Path) -> None:
         install(tmp_path, continuous=True)
         assert install(tmp_path, continuous=False)
-        assert [(tmp_path / name).exists() for name in CLASSES] == [name != BY_SCHEDULING for name in CLASSES]
+        assert [(tmp_path / name).exists() for name in CLASSES] == [name not in BY_SCHEDULING for name in CLASSES]
 
     def test_they_are_taken_away(self, tmp_path: Path) -> None:
         (tmp_path / "torchserve.log").write_text("kept")
