@@ -75,8 +75,12 @@ fi
     [ -z "${TORCHPORT_METRICS_ADDRESS:-}" ] || echo "metrics_address=$TORCHPORT_METRICS_ADDRESS"
 } >config.properties
 
-torchserve --start --foreground --no-config-snapshots --model-store "$served" --ts-config config.properties \
-    --log-config "$home/log4j2.xml" &
+# The frontend interrupts no model that computes; see docs/decisions/014. Not every machine allows it.
+interrupt_nobody="chrt --batch 0"
+$interrupt_nobody true 2>/dev/null || interrupt_nobody=
+
+$interrupt_nobody torchserve --start --foreground --no-config-snapshots --model-store "$served" \
+    --ts-config config.properties --log-config "$home/log4j2.xml" &
 launcher=$!
 
 # The launcher would die of the signal at once, and the container with it; Java answers what is in flight, and stops its

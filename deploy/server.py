@@ -28,6 +28,7 @@ from deploy.java import find_java
 from deploy.ports import LOOPBACK, Ports, check_host
 from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
+from handlers.preemption import interrupting_nobody
 
 # How requests reach the model.
 CONTINUOUS, BATCHES = SCHEDULING = ("continuous", "batches")
@@ -195,28 +196,29 @@ class TorchServe:
             self._copy_to_logs(f"{name} is served in batches: {reason}\n", log)
         # TorchServe reads TS_CONFIG_FILE before --ts-config, and other settings from variables like it.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TS_")}
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
-                *("--ts-config", str(config), "--log-config", str(LOG_CONFIG), "--model-store", str(store)),
-            ],
-            cwd=self.state.folder,
-            env={
-                **inherited,
-                "JAVA_HOME": str(java.home),
-                # The launcher keeps its process id in the one, Java its sockets and extracted archives in the other.
-                "TMPDIR": str(temporary),
-                "TEMP": str(temporary),
-                DRAIN_VARIABLE: str(self._drain_s),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # Ctrl-C goes to us alone; we stop TorchServe in order.
-            start_new_session=True,
-        )
+        with interrupting_nobody():
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
+                    *("--ts-config", str(config), "--log-config", str(LOG_CONFIG), "--model-store", str(store)),
+                ],
+                cwd=self.state.folder,
+                env={
+                    **inherited,
+                    "JAVA_HOME": str(java.home),
+                    # The launcher keeps its process id in the one, Java its sockets and unpacked archives in the other.
+                    "TMPDIR": str(temporary),
+                    "TEMP": str(temporary),
+                    DRAIN_VARIABLE: str(self._drain_s),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # Ctrl-C goes to us alone; we stop TorchServe in order.
+                start_new_session=True,
+            )
         self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout, log), daemon=True)
         self._reader.start()
 

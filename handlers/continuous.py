@@ -30,6 +30,7 @@ from handlers.frames import Frame, FrameReader, Reply
 from handlers.metrics import STAGE_SECONDS
 from handlers.model import Answer, Row, ServedModel, defect, error_answer
 from handlers.planner import MOST_PLANNED
+from handlers.preemption import interrupt_nobody
 from handlers.request import Part
 from handlers.room import Room
 from handlers.tensors import TensorBatch
@@ -123,11 +124,15 @@ class ContinuousWorker:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         beside = (self._read, self._answer, self._watch) if self._pipelined else (self._watch,)
         for job in beside:
-            threading.Thread(target=self._guarded, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
+            threading.Thread(target=self._beside, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
         self._guarded(self._compute if self._pipelined else self._take_turns)
         self._ended.set()
         with self._finished:
             self._finished.notify()
+
+    def _beside(self, job: Callable[[], None]) -> None:
+        interrupt_nobody()
+        self._guarded(job)
 
     def _guarded(self, job: Callable[[], None]) -> None:
         """A thread that dies would leave clients waiting: the process goes with it, and the frontend notices."""

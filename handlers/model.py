@@ -28,6 +28,7 @@ from handlers.golden import GoldenSet
 from handlers.gpu_memory import BatchCeilings, MemoryWatch, is_out_of_memory, let_go, watch_memory
 from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
 from handlers.planner import padding_share, plan, positions
+from handlers.preemption import interrupt_nobody
 from handlers.request import Part
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
@@ -41,7 +42,7 @@ MAX_SAMPLES_PER_REQUEST = 256
 _COST_LIMIT_S = 1.0
 _MOST_DECODERS = 8
 # See docs/decisions/014 for what was measured.
-_QUICK_S = 0.001
+_QUICK_S = 0.0005
 
 Row = dict[str, Array] | RequestError
 """One sample's outputs by name, or why there are none."""
@@ -100,7 +101,7 @@ class ServedModel:
         self.backend = backend
         self.meter = Meter()
         self.busy_since: float | None = None
-        self.decoders = ThreadPoolExecutor(decoding, "torchport-decode") if decoding > 1 else None
+        self.decoders = ThreadPoolExecutor(decoding, "torchport-decode", interrupt_nobody) if decoding > 1 else None
         self._slot = slot or nullcontext()
         # Until it is measured: calls alone cost, so batches are as few as they can be.
         self._cost = CostModel()

@@ -23,6 +23,7 @@ from handlers.metadata import describe
 from handlers.metrics import ANSWERS, STAGE_SECONDS, Emitter
 from handlers.model import DEFAULT_MAX_BATCH, Answer, ServedModel, error_answer
 from handlers.open_answer import JSON_LENGTH_HEADER, binary_form, is_open_answer
+from handlers.preemption import interrupt_others
 from handlers.settings import WorkerSettings
 from handlers.slots import ComputeSlot
 from handlers.wire import quieten_frontend_lines, read_in_few_pieces
@@ -67,6 +68,8 @@ class Service:
             LoadError: If anything is wrong; the sentence goes to the log as well, since TorchServe hides it.
         """
         _log_to_stderr()
+        # Before any other thread is started that computes, for the frontend and what it starts interrupt nobody.
+        interrupt_others()
         folder = Path(context.system_properties["model_dir"])
         config = context.model_yaml_config or {}
         identity = {"model": context.model_name, "version": context.manifest["model"]["modelVersion"]}
