@@ -1,4 +1,4 @@
-# The serving image: TorchServe with the production configuration and four classes of its frontend that are ours
+# The serving image: TorchServe with the production configuration and the classes of its frontend that are ours
 # (docs/decisions/014), and nothing else of torchport. Archives carry their own handlers. How to build, run and stop it:
 # docs/docker.md.
 

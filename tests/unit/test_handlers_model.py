@@ -69,7 +69,7 @@ def test_images_are_decoded_on_every_core_within_bounds(extracted, monkeypatch, 
     assert ServedModel.load(extracted, threads=1).decoders is None
 
 
-@pytest.mark.parametrize(("seconds", "enough"), [(0.0039, True), (0.0041, False)])
+@pytest.mark.parametrize(("seconds", "enough"), [(0.0019, True), (0.0021, False)])
 def test_one_thread_does_where_a_sample_of_a_full_batch_costs_little(model, seconds, enough):
     model._cost = CostModel(call=seconds)  # of four samples
     assert model.wants_one_thread() is enough
@@ -77,9 +77,9 @@ def test_one_thread_does_where_a_sample_of_a_full_batch_costs_little(model, seco
 
 def test_sizes_count_in_what_a_sample_costs(brightness_backend):
     model = ServedModel(TRIPLE, brightness_backend, max_batch=1)  # of 1 to 64 positions
-    model._cost = CostModel(call=0.0, position=0.001 / 32)
+    model._cost = CostModel(call=0.0, position=0.0005 / 32)
     assert model.wants_one_thread() is False
-    model._cost = CostModel(call=0.0, position=0.001 / 33)
+    model._cost = CostModel(call=0.0, position=0.0005 / 33)
     assert model.wants_one_thread() is True
 
 
