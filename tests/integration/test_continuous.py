@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from export.checkpoint import load_checkpoint
@@ -132,6 +133,18 @@ def test_a_worker_that_took_anothers_place_is_shown_as_ready(
     wait_for(lambda: [worker["pid"] != before["pid"] for worker in alone.workers(MODEL)] == [True])
     assert len(labels(alone, held_out[:10])) == 10  # it has loaded the model
     assert [worker["status"] for worker in alone.workers(MODEL)] == ["READY"]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such scheduling classes")
+def test_whatever_wakes_up_interrupts_no_model_that_computes(alone: RunningServer) -> None:
+    (worker,) = alone.workers(MODEL)
+    process = psutil.Process(int(worker["pid"]))
+    frontend = process.parent()
+    assert frontend is not None
+    assert {os.sched_getscheduler(thread.id) for thread in frontend.threads()} == {os.SCHED_BATCH}
+    policies = {thread.id: os.sched_getscheduler(thread.id) for thread in process.threads()}
+    assert policies[process.pid] == os.SCHED_OTHER  # the thread that computes
+    assert os.SCHED_BATCH in policies.values()
 
 
 def test_two_workers_hold_as_many_requests_each(
