@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import threading
 from functools import partial
@@ -67,6 +68,13 @@ def test_images_are_decoded_on_every_core_within_bounds(extracted, monkeypatch, 
     pool = ServedModel.load(extracted, threads=1, decoding=0).decoders
     assert (pool and pool._max_workers) == decoders
     assert ServedModel.load(extracted, threads=1).decoders is None
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such scheduling classes")
+def test_threads_that_decode_interrupt_nobody(extracted):
+    decoders = ServedModel.load(extracted, threads=1, decoding=2).decoders
+    assert decoders.submit(os.sched_getscheduler, 0).result() == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize(("seconds", "enough"), [(0.0019, True), (0.0021, False)])
