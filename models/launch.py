@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -75,17 +76,30 @@ def train_in_processes(
 
 def _train_one(recipe: dict[str, Any], run_dir: str, resume: bool, profile: bool, report: str) -> TrainingResult:
     """What each process does."""
+    signal.signal(signal.SIGINT, _interrupt_once)
     parsed = Recipe.model_validate(recipe)
     try:
         if int(os.environ["RANK"]):
             return train(parsed, Path(run_dir), resume=resume, profile=profile, observer=Observer())
         with training_progress(parsed.name) as observer:
             return train(parsed, Path(run_dir), resume=resume, profile=profile, observer=observer)
+    except KeyboardInterrupt:
+        # Everything is closed; an ordinary exit, with the other processes gone, may print lines of torch's own.
+        os._exit(128 + signal.SIGINT)
     except Exception as error:
         if getattr(error, "user_facing", False):
             _report_first(Path(report), str(error))
             raise SystemExit(1) from error  # without a traceback; the others are then ended
         raise
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C comes twice, from the terminal and from the launcher; the second must not cut short what the first closes.
+
+    The launcher kills a process that has not ended 30 s later.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _report_first(path: Path, sentence: str) -> None:

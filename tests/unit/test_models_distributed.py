@@ -5,8 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -215,10 +219,37 @@ class StandIn(Processes):
 def test_a_signal_ends_all_processes_with_one_sentence(
     tmp_path: Path, number: signal.Signals, group: bool, code: int, sentence: str
 ) -> None:
-    path = tmp_path / "recipe.yaml"
+    with training_in_two_processes(tmp_path) as process:
+        (os.killpg if group else os.kill)(process.pid, number)
+        said = everything_but_epochs(process)
+
+    assert said == [sentence]
+    assert process.returncode == code
+
+
+def test_a_process_that_is_interrupted_again_while_it_ends_says_nothing(tmp_path: Path) -> None:
+    # The launcher passes on what the terminal has sent already; when the second comes is chance, so here come more.
+    with training_in_two_processes(tmp_path) as process:
+        started = [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]
+        assert len(started) == 2
+        os.killpg(process.pid, signal.SIGINT)
+        for child in [*started, *started, *started]:
+            time.sleep(0.01)
+            with suppress(psutil.NoSuchProcess):  # it has ended
+                child.send_signal(signal.SIGINT)
+        said = everything_but_epochs(process)
+
+    assert said == ["Error: interrupted"]
+    assert process.returncode == 130
+
+
+@contextmanager
+def training_in_two_processes(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """After its first epoch, in a process group of its own."""
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tickets("trainer.epochs=1000", "data.count=400").as_dict()))
     with subprocess.Popen(
-        [*(sys.executable, "-m", "torchport", "train", str(path), "--nproc", "2", "--out", str(tmp_path / "run"))],
+        [*(sys.executable, "-m", "torchport", "train", str(path), "--nproc", "2", "--out", str(folder / "run"))],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -227,11 +258,12 @@ def test_a_signal_ends_all_processes_with_one_sentence(
     ) as process:
         assert process.stderr is not None
         process.stderr.readline()  # the first epoch's line
-        (os.killpg if group else os.kill)(process.pid, number)
-        said = [line for line in process.stderr.read().splitlines() if not line.startswith("epoch ")]
+        yield process
 
-    assert said == [sentence]
-    assert process.returncode == code
+
+def everything_but_epochs(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stderr is not None
+    return [line for line in process.stderr.read().splitlines() if not line.startswith("epoch ")]
 
 
 def test_the_launcher_leaves_no_signal_handlers_behind(tmp_path: Path) -> None:
