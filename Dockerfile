@@ -56,10 +56,11 @@ RUN groupadd --gid 10001 torchport && \
 
 COPY --from=packages /opt/venv /opt/venv
 COPY config.properties deploy/log4j2.xml deploy/metrics.yaml deploy/entrypoint.sh deploy/container.py /opt/torchport/
-COPY deploy/frontend/Arrivals.class deploy/frontend/AsyncBatchAggregator.class \
+COPY deploy/frontend/Arrivals.class deploy/frontend/AsyncBatchAggregator.class deploy/frontend/ModelQueues.class \
      /opt/torchport/classes/org/pytorch/serve/wlm/
 COPY deploy/frontend/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
 COPY deploy/frontend/ClientErrors.class deploy/frontend/Exchanges.class deploy/frontend/ServerInitializer.class \
+     deploy/frontend/Uploads.class \
      /opt/torchport/classes/org/pytorch/serve/
 
 # ONNX Runtime reports to its maker by default since 1.29: the model file's and graph's names, sizes, timings.

@@ -2,7 +2,8 @@
 
 Two hand out requests in continuous serving (``frontend/Arrivals.java``, ``frontend/AsyncBatchAggregator.java``). Three
 let the frontend answer what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``),
-and one answers broken forms with 400 (``frontend/ClientErrors.java``). See docs/decisions/014.
+one answers broken forms with 400 (``frontend/ClientErrors.java``), and two bound what uploads take of the
+frontend's memory and time (``frontend/Uploads.java``, ``frontend/ModelQueues.java``). See docs/decisions/014.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ _STOCK_SHA256 = {
     f"{_PACKAGE}/util/ServerGroups.class": "8c4327920bcaae8e5f6a9f9b6ec5c028515e95752140a4c74e43ebe29db3ef65",
 }
 _ARRIVALS = f"{_PACKAGE}/wlm/Arrivals.class"
-# The last three take nobody's place.
-CLASSES = (*_STOCK_SHA256, _ARRIVALS, f"{_PACKAGE}/Exchanges.class", f"{_PACKAGE}/ClientErrors.class")
+# All but those take nobody's place.
+CLASSES = (
+    *_STOCK_SHA256,
+    _ARRIVALS,
+    *(f"{_PACKAGE}/{name}.class" for name in ("wlm/ModelQueues", "Uploads", "ClientErrors", "Exchanges")),
+)
 CONTINUOUS_CLASSES = (_AGGREGATOR, _ARRIVALS)
 _OURS = Path(__file__).parent / "frontend"
 

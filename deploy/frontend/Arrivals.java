@@ -1,14 +1,15 @@
 package org.pytorch.serve.wlm;
 
-import java.lang.reflect.Field;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
 import java.util.concurrent.CopyOnWriteArrayList;
 import java.util.concurrent.LinkedBlockingDeque;
 import java.util.concurrent.RejectedExecutionException;
+import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicBoolean;
 import org.pytorch.serve.job.Job;
+import org.pytorch.serve.util.messages.InputParameter;
 import org.pytorch.serve.util.messages.WorkerCommands;
 
 /**
@@ -23,6 +24,12 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
     private static final int SERVICE_UNAVAILABLE = 503;
     // Of one message: the worker begins to read a request only when it has the whole of it.
     private static final int MOST_IN_MESSAGE = 16;
+    // Of bodies, after which a message takes no more: while it is written, it lies in memory a second time.
+    private static final long ENOUGH_BYTES = 1 << 20;
+    private static final int CHECKED_EVERY_S = 1;
+    // A worker that ended is back within seconds, unless its model cannot be loaded any more.
+    private static final long WITHOUT_WORKER_NS =
+            TimeUnit.SECONDS.toNanos(Long.getLong("torchport.withoutWorkerSeconds", 30));
 
     private final transient CopyOnWriteArrayList<AsyncBatchAggregator> workers = new CopyOnWriteArrayList<>();
     private final transient AtomicBoolean told = new AtomicBoolean();
@@ -31,17 +38,9 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
         super(capacity);
     }
 
-    /** Those of a model, which take the place of its queue. TorchServe gives no access to that. */
-    @SuppressWarnings("unchecked")
+    /** Those of a model, which take the place of its queue. */
     static synchronized Arrivals of(Model model) {
-        Map<String, LinkedBlockingDeque<Job>> queues;
-        try {
-            Field field = Model.class.getDeclaredField("jobsDb");
-            field.setAccessible(true);
-            queues = (Map<String, LinkedBlockingDeque<Job>>) field.get(model);
-        } catch (ReflectiveOperationException error) {
-            throw new IllegalStateException("This is not the Model of TorchServe 0.12.0", error);
-        }
+        Map<String, LinkedBlockingDeque<Job>> queues = ModelQueues.of(model);
         LinkedBlockingDeque<Job> queue = queues.get(Model.DEFAULT_DATA_QUEUE);
         if (queue instanceof Arrivals) {
             return (Arrivals) queue;
@@ -49,6 +48,9 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
         Arrivals arrivals = new Arrivals(queue.size() + queue.remainingCapacity());
         queues.put(Model.DEFAULT_DATA_QUEUE, arrivals);
         queue.drainTo(arrivals);
+        ModelManager.getInstance()
+                .getScheduler()
+                .scheduleWithFixedDelay(arrivals::refuseHopeless, CHECKED_EVERY_S, CHECKED_EVERY_S, TimeUnit.SECONDS);
         return arrivals;
     }
 
@@ -138,21 +140,44 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
 
     private List<Job> take(int count) {
         List<Job> jobs = new ArrayList<>();
-        while (jobs.size() < count) {
+        long bytes = 0;
+        while (jobs.size() < count && bytes < ENOUGH_BYTES) {
             Job job = peek();
             if (job == null || (isAlone(job) && !jobs.isEmpty())) {
                 break;
             }
-            remove();
+            if (!remove(job) || ModelQueues.isAbandoned(job)) {
+                continue;
+            }
             if (isLate(job)) {
+                failLate(job);
                 continue;
             }
             jobs.add(job);
+            for (InputParameter part : job.getPayload().getParameters()) {
+                bytes += part.getValue().length;
+            }
             if (isAlone(job)) {
                 break;
             }
         }
         return jobs;
+    }
+
+    /** Answers what has waited too long: for its client, or for a worker while there is none. */
+    private void refuseHopeless() {
+        for (Job job : toArray(new Job[0])) {
+            boolean late = isLate(job);
+            boolean alone = workers.isEmpty() && System.nanoTime() - job.getBegin() > WITHOUT_WORKER_NS;
+            // Whoever takes it out, and nobody else, answers it.
+            if ((late || alone) && remove(job)) {
+                if (late) {
+                    failLate(job);
+                } else {
+                    AsyncBatchAggregator.fail(job, SERVICE_UNAVAILABLE, "No worker of the model is ready; try again.");
+                }
+            }
+        }
     }
 
     /** Whether a job has a message of its own, as its command is the message's. */
@@ -163,13 +188,13 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
                 || command == WorkerCommands.STREAMPREDICT2;
     }
 
-    /** Whether nobody waits for a job any more; whoever does is told. */
+    /** Whether nobody waits for a job any more. */
     static boolean isLate(Job job) {
-        if (job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
-            return false;
-        }
+        return job.getPayload().getClientExpireTS() <= System.currentTimeMillis();
+    }
+
+    static void failLate(Job job) {
         AsyncBatchAggregator.fail(
                 job, SERVICE_UNAVAILABLE, "The request waited longer than clientTimeoutInMills allows.");
-        return true;
     }
 }

@@ -30,6 +30,7 @@ import org.slf4j.LoggerFactory;
 public class AsyncBatchAggregator extends BatchAggregator {
     private static final Logger logger = LoggerFactory.getLogger(AsyncBatchAggregator.class);
     private static final int SERVICE_UNAVAILABLE = 503;
+    private static final int INTERNAL_ERROR = 500;
     private static final int CHECKED_EVERY_MS = 1000;
     // Milliseconds that a request has waited here; deadlines count from when it came.
     private static final String QUEUED_HEADER = "torchport-queued-ms";
@@ -93,7 +94,8 @@ public class AsyncBatchAggregator extends BatchAggregator {
     /** The thread that asks this for requests. */
     private WorkerThread worker() {
         for (WorkerThread worker : ModelManager.getInstance().getWorkers(model.getModelVersionName())) {
-            if (worker.aggregator == this) {
+            // TorchServe copies a list that another thread may be making shorter.
+            if (worker != null && worker.aggregator == this) {
                 return worker;
             }
         }
@@ -110,7 +112,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
         return held.size();
     }
 
-    /** How many requests more it may be given now: none while what it was given has not gone out. */
+    /** How many requests more it may be given now: none while much of what it was given has not gone out. */
     int room() {
         return channel.isActive() && channel.isWritable() ? most - held.size() : 0;
     }
@@ -134,6 +136,8 @@ public class AsyncBatchAggregator extends BatchAggregator {
             request.addRequest(job.getPayload());
         }
         channel.writeAndFlush(request).addListener(sent -> {
+            // Nobody reads it any more, and a client that leaves does not take it along.
+            taken.forEach(job -> job.getPayload().setParameters(List.of()));
             if (!sent.isSuccess()) {
                 sendError(request, "The worker could not be given the request.", SERVICE_UNAVAILABLE);
             }
@@ -160,7 +164,9 @@ public class AsyncBatchAggregator extends BatchAggregator {
             Job job = release(prediction.getRequestId());
             if (job == null) {
                 logger.error("The worker answered {}, which it does not hold", prediction.getRequestId());
-            } else if (!Arrivals.isLate(job)) {
+            } else if (Arrivals.isLate(job)) {
+                Arrivals.failLate(job);
+            } else {
                 answer(job, prediction);
             }
         }
@@ -213,16 +219,17 @@ public class AsyncBatchAggregator extends BatchAggregator {
                     prediction.getStatusCode(),
                     prediction.getReasonPhrase(),
                     headers);
-        } catch (RuntimeException error) {
+        } catch (Throwable error) { // an answer without memory for it, too, must not keep the next from theirs
             logger.warn("Cannot answer {}", job.getJobId(), error);
+            fail(job, INTERNAL_ERROR, "The answer could not be written.");
         }
     }
 
     static void fail(Job job, int status, String message) {
         try {
             job.sendError(status, message);
-        } catch (RuntimeException error) {
-            logger.warn("Cannot answer {}", job.getJobId(), error);
+        } catch (Throwable error) {
+            logger.warn("Cannot refuse {}", job.getJobId(), error);
         }
     }
 

@@ -4,7 +4,6 @@ import io.netty.channel.Channel;
 import io.netty.channel.ChannelInitializer;
 import io.netty.channel.ChannelOption;
 import io.netty.channel.ChannelPipeline;
-import io.netty.handler.codec.http.HttpObjectAggregator;
 import io.netty.handler.codec.http.HttpServerCodec;
 import io.netty.handler.ssl.SslContext;
 import org.pytorch.serve.http.ExtendedSSLHandler;
@@ -28,7 +27,7 @@ import org.pytorch.serve.workflow.api.http.WorkflowMgmtRequestHandler;
  * Sets up a client's connection.
  *
  * <p>It takes the place of TorchServe 0.12.0's own class of this name and puts the same handlers in the same order, with
- * ClientErrors before them and Exchanges between.
+ * ClientErrors before them, and with Exchanges and Uploads before the aggregator.
  */
 public class ServerInitializer extends ChannelInitializer<Channel> {
     private final SslContext sslContext;
@@ -51,7 +50,7 @@ public class ServerInitializer extends ChannelInitializer<Channel> {
         }
         pipeline.addLast("http", new HttpServerCodec());
         pipeline.addLast("exchanges", new Exchanges());
-        pipeline.addLast("aggregator", new HttpObjectAggregator(config.getMaxRequestSize()));
+        Uploads.addTo(pipeline);
         pipeline.addLast("handler", new HttpRequestHandler(handlers(config)));
     }
 

@@ -28,7 +28,10 @@ from handlers.errors import DigestError
 from handlers.settings import WorkerSettings
 
 # Classes that TorchServe has none of.
-NOBODYS = {f"org/pytorch/serve/{name}.class" for name in ("wlm/Arrivals", "Exchanges", "ClientErrors")}
+NOBODYS = {
+    f"org/pytorch/serve/{name}.class"
+    for name in ("wlm/Arrivals", "wlm/ModelQueues", "Uploads", "ClientErrors", "Exchanges")
+}
 BY_SCHEDULING = {f"org/pytorch/serve/wlm/{name}.class" for name in ("Arrivals", "AsyncBatchAggregator")}
 SOURCES = Path(deploy.__file__).parent / "frontend"
 JAR = Path(str(find_spec("ts").submodule_search_locations[0])) / "frontend" / "model-server.jar"  # type: ignore[union-attr, index]

@@ -1,0 +1,205 @@
+package org.pytorch.serve;
+
+import io.netty.buffer.Unpooled;
+import io.netty.channel.ChannelDuplexHandler;
+import io.netty.channel.ChannelFuture;
+import io.netty.channel.ChannelFutureListener;
+import io.netty.channel.ChannelHandlerContext;
+import io.netty.channel.ChannelPipeline;
+import io.netty.channel.ChannelPromise;
+import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.HttpContent;
+import io.netty.handler.codec.http.HttpHeaderNames;
+import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpObjectAggregator;
+import io.netty.handler.codec.http.HttpRequest;
+import io.netty.handler.codec.http.HttpResponse;
+import io.netty.handler.codec.http.HttpResponseStatus;
+import io.netty.handler.codec.http.HttpStatusClass;
+import io.netty.handler.codec.http.HttpUtil;
+import io.netty.handler.codec.http.HttpVersion;
+import io.netty.handler.codec.http.LastHttpContent;
+import io.netty.util.ReferenceCountUtil;
+import java.nio.charset.StandardCharsets;
+import java.util.ArrayDeque;
+import java.util.Deque;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicLong;
+import org.pytorch.serve.util.ConfigManager;
+import org.pytorch.serve.wlm.ModelQueues;
+import org.slf4j.Logger;
+import org.slf4j.LoggerFactory;
+
+/**
+ * Bounds the bytes of all request bodies that have no answer yet, and the wait for the next part of one.
+ *
+ * <p>TorchServe bounds the number of requests and the size of each; together they may hold many times the memory that
+ * Java has, and a client that stops in the middle holds its part for ever. A body counts as it arrives, not as its
+ * header announces it. The one that finds no room gets 503 when it has been read to its end and thrown away; whatever
+ * else is in flight goes on. The one that does not arrive gets 408.
+ *
+ * <p>One of these sits in the pipeline of each connection, before the aggregator, which would keep the body.
+ */
+final class Uploads extends ChannelDuplexHandler {
+    private static final String AGGREGATOR = "aggregator";
+    private static final Logger logger = LoggerFactory.getLogger(Uploads.class);
+    // A body lies in Java's memory up to three times: as it arrived, as the job's bytes, as the message to the worker.
+    // A quarter leaves room for answers and for what Java itself needs.
+    private static final long MOST = Runtime.getRuntime().maxMemory() / 4;
+    // So that some large bodies, or some clients that take their time, do not keep everybody out.
+    private static final long ALWAYS_ROOM_FOR = 16 << 10;
+    private static final long STALLED_NS = TimeUnit.SECONDS.toNanos(Long.getLong("torchport.uploadStallSeconds", 60));
+    private static final String RETRY_AFTER_S = "1";
+    private static final String NO_ROOM =
+            "{\"error\": {\"code\": \"overloaded\", \"message\": \"The requests in flight leave no room for a body of "
+                    + "this size; try again in a moment.\"}}";
+    private static final String STALLED =
+            "{\"error\": {\"code\": \"upload_stalled\", \"message\": \"Nothing more of the body came for too long; "
+                    + "send it again.\"}}";
+
+    private static final AtomicLong TAKEN = new AtomicLong();
+
+    // All used by the connection's own thread only. The bytes of each request without an answer, oldest first: more
+    // than one where the client does not wait for answers.
+    private final Deque<Long> unanswered = new ArrayDeque<>();
+    // Of the request that is being read, or was read last.
+    private boolean counting;
+    private boolean refusing;
+    private boolean reading;
+    private long readAtNs;
+    private boolean watched;
+    // While the handlers behind this one see a part of a request: an answer written then is the answer to that.
+    private boolean passingOn;
+
+    /** Puts one of these into a pipeline, with the aggregator behind it. */
+    static void addTo(ChannelPipeline pipeline) {
+        pipeline.addLast("uploads", new Uploads());
+        pipeline.addLast(AGGREGATOR, newAggregator());
+    }
+
+    private static HttpObjectAggregator newAggregator() {
+        HttpObjectAggregator aggregator = new HttpObjectAggregator(ConfigManager.getInstance().getMaxRequestSize());
+        // Of 8 KiB each. By default it copies all that it has into one piece whenever it has 1024 of them; memory that
+        // is free, but not in one piece, is then not enough.
+        aggregator.setMaxCumulationBufferComponents(Integer.MAX_VALUE);
+        return aggregator;
+    }
+
+    @Override
+    public void channelRead(ChannelHandlerContext ctx, Object message) {
+        boolean last = message instanceof LastHttpContent;
+        if (message instanceof HttpRequest) {
+            unanswered.addLast(0L);
+            counting = true;
+            refusing = false;
+        }
+        reading = !last;
+        readAtNs = System.nanoTime();
+        if (message instanceof HttpContent && counting && !take(((HttpContent) message).content().readableBytes())) {
+            counting = false;
+            refusing = true;
+            give(unanswered.removeLast());
+            forget(ctx);
+        }
+        if (!refusing) {
+            passingOn = true;
+            try {
+                ctx.fireChannelRead(message);
+            } finally {
+                passingOn = false;
+            }
+            return;
+        }
+        ReferenceCountUtil.release(message);
+        if (last) {
+            refusing = false;
+            logger.warn("A body found no room beside {} bytes in flight, of {} at most: 503", TAKEN.get(), MOST);
+            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM);
+        }
+    }
+
+    @Override
+    public void channelReadComplete(ChannelHandlerContext ctx) {
+        if (reading && !watched) {
+            watch(ctx, STALLED_NS);
+        }
+        ctx.fireChannelReadComplete();
+    }
+
+    @Override
+    public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
+        boolean interim =
+                message instanceof HttpResponse
+                        && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
+        if (!interim && message instanceof LastHttpContent && !unanswered.isEmpty()) {
+            give(passingOn ? unanswered.removeLast() : unanswered.removeFirst());
+            counting &= !passingOn; // what still comes of it is thrown away
+        }
+        ctx.write(message, promise);
+    }
+
+    @Override
+    public void channelInactive(ChannelHandlerContext ctx) {
+        reading = false;
+        counting = false;
+        if (!unanswered.isEmpty()) {
+            // Before their bytes count as given back.
+            ModelQueues.removeAbandoned();
+            unanswered.forEach(Uploads::give);
+            unanswered.clear();
+        }
+        ctx.fireChannelInactive();
+    }
+
+    /** Counts bytes of the request that is being read, unless there is no room for them beside those of others. */
+    private boolean take(int bytes) {
+        if (bytes == 0) {
+            return true;
+        }
+        long mine = unanswered.removeLast() + bytes;
+        unanswered.addLast(mine);
+        long all = TAKEN.addAndGet(bytes);
+        return all <= MOST || mine <= ALWAYS_ROOM_FOR || all == mine;
+    }
+
+    private static void give(long bytes) {
+        TAKEN.addAndGet(-bytes);
+    }
+
+    /** Puts a new aggregator in the place of the one that has a part of a body. */
+    private void forget(ChannelHandlerContext ctx) {
+        ctx.pipeline().replace(AGGREGATOR, AGGREGATOR, newAggregator());
+    }
+
+    /** Looks in a while whether more of the body has come. */
+    private void watch(ChannelHandlerContext ctx, long delayNs) {
+        watched = true;
+        ctx.executor().schedule(() -> lookAgain(ctx), delayNs, TimeUnit.NANOSECONDS);
+    }
+
+    private void lookAgain(ChannelHandlerContext ctx) {
+        watched = false;
+        if (!reading) {
+            return;
+        }
+        long leftNs = STALLED_NS - (System.nanoTime() - readAtNs);
+        if (leftNs > 0) {
+            watch(ctx, leftNs);
+        } else if (counting || refusing) {
+            answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED).addListener(ChannelFutureListener.CLOSE);
+        } else {
+            ctx.close(); // it has its answer
+        }
+    }
+
+    private static ChannelFuture answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document) {
+        DefaultFullHttpResponse answer =
+                new DefaultFullHttpResponse(
+                        HttpVersion.HTTP_1_1, status, Unpooled.copiedBuffer(document, StandardCharsets.UTF_8));
+        answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
+        answer.headers().set(HttpHeaderNames.RETRY_AFTER, RETRY_AFTER_S);
+        HttpUtil.setContentLength(answer, answer.content().readableBytes());
+        HttpUtil.setKeepAlive(answer, status != HttpResponseStatus.REQUEST_TIMEOUT);
+        return ctx.writeAndFlush(answer);
+    }
+}
