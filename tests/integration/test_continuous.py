@@ -135,6 +135,30 @@ def test_a_worker_that_took_anothers_place_is_shown_as_ready(
     assert [worker["status"] for worker in alone.workers(MODEL)] == ["READY"]
 
 
+def test_what_waits_for_a_worker_that_does_not_come_back_gets_503(
+    archives: dict[str, Path], held_out: list[LabelledRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JDK_JAVA_OPTIONS", "-Dtorchport.withoutWorkerSeconds=2")
+    with serving([archives["onnx"]], tmp_path, "--workers", "1") as server:
+        (worker,) = server.workers(MODEL)
+        process = psutil.Process(int(worker["pid"]))
+        (artifact,) = Path(process.environ()["TMPDIR"]).glob("models/*/*.onnx")
+        artifact.write_bytes(artifact.read_bytes() + b"\0")  # so that no other worker can load it
+        process.kill()
+        process.wait(READY_TIMEOUT_S)
+        with server.client() as client:
+            response = client.post(
+                PATH,
+                content=held_out[0].body,
+                headers={"Content-Type": held_out[0].content_type},
+                timeout=ANSWER_TIMEOUT_S,
+            )
+        assert (response.status_code, response.json()["message"]) == (
+            503,
+            "No worker of the model is ready; try again.",
+        )
+
+
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such scheduling classes")
 def test_whatever_wakes_up_interrupts_no_model_that_computes(alone: RunningServer) -> None:
     (worker,) = alone.workers(MODEL)
