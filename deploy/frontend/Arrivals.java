@@ -1,5 +1,6 @@
 package org.pytorch.serve.wlm;
 
+import java.lang.ref.WeakReference;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.Map;
@@ -11,6 +12,8 @@ import java.util.concurrent.atomic.AtomicBoolean;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.util.messages.InputParameter;
 import org.pytorch.serve.util.messages.WorkerCommands;
+import org.slf4j.Logger;
+import org.slf4j.LoggerFactory;
 
 /**
  * The queue of a model with asyncCommunication, which hands over what arrives instead of being asked for it.
@@ -21,6 +24,7 @@ import org.pytorch.serve.util.messages.WorkerCommands;
  */
 final class Arrivals extends LinkedBlockingDeque<Job> {
     private static final long serialVersionUID = 1;
+    private static final Logger logger = LoggerFactory.getLogger(Arrivals.class);
     private static final int SERVICE_UNAVAILABLE = 503;
     // Of one message: the worker begins to read a request only when it has the whole of it.
     private static final int MOST_IN_MESSAGE = 16;
@@ -33,6 +37,7 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
 
     private final transient CopyOnWriteArrayList<AsyncBatchAggregator> workers = new CopyOnWriteArrayList<>();
     private final transient AtomicBoolean told = new AtomicBoolean();
+    private transient volatile long workerlessSinceNs = System.nanoTime();
 
     private Arrivals(int capacity) {
         super(capacity);
@@ -48,10 +53,28 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
         Arrivals arrivals = new Arrivals(queue.size() + queue.remainingCapacity());
         queues.put(Model.DEFAULT_DATA_QUEUE, arrivals);
         queue.drainTo(arrivals);
+        lookAgain(new WeakReference<>(arrivals)); // until the model is gone
+        return arrivals;
+    }
+
+    private static void lookAgain(WeakReference<Arrivals> reference) {
         ModelManager.getInstance()
                 .getScheduler()
-                .scheduleWithFixedDelay(arrivals::refuseHopeless, CHECKED_EVERY_S, CHECKED_EVERY_S, TimeUnit.SECONDS);
-        return arrivals;
+                .schedule(
+                        () -> {
+                            Arrivals arrivals = reference.get();
+                            if (arrivals == null) {
+                                return;
+                            }
+                            try {
+                                arrivals.refuseHopeless();
+                            } catch (Throwable error) { // whatever it was, the next look may find more memory
+                                logger.warn("Cannot look through a queue", error);
+                            }
+                            lookAgain(reference);
+                        },
+                        CHECKED_EVERY_S,
+                        TimeUnit.SECONDS);
     }
 
     @Override
@@ -74,7 +97,9 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
     /** A worker is gone: once this has returned, nothing is given to it. */
     void leave(AsyncBatchAggregator worker) {
         synchronized (workers) {
-            workers.remove(worker);
+            if (workers.remove(worker) && workers.isEmpty()) {
+                workerlessSinceNs = System.nanoTime();
+            }
         }
         tell();
     }
@@ -166,9 +191,11 @@ final class Arrivals extends LinkedBlockingDeque<Job> {
 
     /** Answers what has waited too long: for its client, or for a worker while there is none. */
     private void refuseHopeless() {
+        long nowNs = System.nanoTime();
+        boolean workerless = workers.isEmpty() && nowNs - workerlessSinceNs > WITHOUT_WORKER_NS;
         for (Job job : toArray(new Job[0])) {
             boolean late = isLate(job);
-            boolean alone = workers.isEmpty() && System.nanoTime() - job.getBegin() > WITHOUT_WORKER_NS;
+            boolean alone = workerless && nowNs - job.getBegin() > WITHOUT_WORKER_NS;
             // Whoever takes it out, and nobody else, answers it.
             if ((late || alone) && remove(job)) {
                 if (late) {

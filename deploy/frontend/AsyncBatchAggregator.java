@@ -136,8 +136,12 @@ public class AsyncBatchAggregator extends BatchAggregator {
             request.addRequest(job.getPayload());
         }
         channel.writeAndFlush(request).addListener(sent -> {
-            // Nobody reads it any more, and a client that leaves does not take it along.
-            taken.forEach(job -> job.getPayload().setParameters(List.of()));
+            // Nobody reads them any more, and a client that leaves does not take them along.
+            for (Job job : taken) {
+                if (!ModelQueues.isOfWorkflow(job)) {
+                    job.getPayload().setParameters(List.of());
+                }
+            }
             if (!sent.isSuccess()) {
                 sendError(request, "The worker could not be given the request.", SERVICE_UNAVAILABLE);
             }

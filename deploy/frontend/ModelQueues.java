@@ -37,13 +37,12 @@ public final class ModelQueues {
 
     /** Whether the client of a request over HTTP has closed its connection. */
     static boolean isAbandoned(Job job) {
-        if (!(job instanceof RestJob)) {
-            return false; // GRPCJob says the opposite of what it is asked
-        }
-        try {
-            return !job.isOpen();
-        } catch (NullPointerException ofWorkflow) { // it has no client of its own
-            return false;
-        }
+        // GRPCJob says the opposite of what it is asked; and a workflow's step has no client of its own.
+        return job instanceof RestJob && !isOfWorkflow(job) && !job.isOpen();
+    }
+
+    /** Whether a request is a step of a workflow, which sends the same again when it fails. */
+    static boolean isOfWorkflow(Job job) {
+        return job instanceof RestJob && ((RestJob) job).getResponsePromise() != null;
     }
 }

@@ -9,6 +9,7 @@ import io.netty.channel.ChannelPipeline;
 import io.netty.channel.ChannelPromise;
 import io.netty.handler.codec.http.DefaultFullHttpResponse;
 import io.netty.handler.codec.http.HttpContent;
+import io.netty.handler.codec.http.HttpExpectationFailedEvent;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpObjectAggregator;
@@ -20,6 +21,7 @@ import io.netty.handler.codec.http.HttpUtil;
 import io.netty.handler.codec.http.HttpVersion;
 import io.netty.handler.codec.http.LastHttpContent;
 import io.netty.util.ReferenceCountUtil;
+import io.netty.util.concurrent.Future;
 import java.nio.charset.StandardCharsets;
 import java.util.ArrayDeque;
 import java.util.Deque;
@@ -67,7 +69,9 @@ final class Uploads extends ChannelDuplexHandler {
     private boolean refusing;
     private boolean reading;
     private long readAtNs;
-    private boolean watched;
+    private Future<?> watch;
+    private boolean keepAlive;
+    private boolean closing;
     // While the handlers behind this one see a part of a request: an answer written then is the answer to that.
     private boolean passingOn;
 
@@ -87,8 +91,13 @@ final class Uploads extends ChannelDuplexHandler {
 
     @Override
     public void channelRead(ChannelHandlerContext ctx, Object message) {
+        if (closing) {
+            ReferenceCountUtil.release(message);
+            return;
+        }
         boolean last = message instanceof LastHttpContent;
         if (message instanceof HttpRequest) {
+            keepAlive = HttpUtil.isKeepAlive((HttpRequest) message);
             unanswered.addLast(0L);
             counting = true;
             refusing = false;
@@ -114,13 +123,14 @@ final class Uploads extends ChannelDuplexHandler {
         if (last) {
             refusing = false;
             logger.warn("A body found no room beside {} bytes in flight, of {} at most: 503", TAKEN.get(), MOST);
-            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM);
+            // A client that has asked before, and has no answer yet, would take this one for that.
+            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM, keepAlive && unanswered.isEmpty());
         }
     }
 
     @Override
     public void channelReadComplete(ChannelHandlerContext ctx) {
-        if (reading && !watched) {
+        if (reading && watch == null) {
             watch(ctx, STALLED_NS);
         }
         ctx.fireChannelReadComplete();
@@ -142,18 +152,31 @@ final class Uploads extends ChannelDuplexHandler {
     public void channelInactive(ChannelHandlerContext ctx) {
         reading = false;
         counting = false;
-        if (!unanswered.isEmpty()) {
-            // Before their bytes count as given back.
-            ModelQueues.removeAbandoned();
+        if (watch != null) {
+            watch.cancel(false);
+        }
+        try {
+            if (!unanswered.isEmpty()) {
+                ModelQueues.removeAbandoned(); // before their bytes count as given back
+            }
+        } finally {
             unanswered.forEach(Uploads::give);
             unanswered.clear();
+            ctx.fireChannelInactive();
         }
-        ctx.fireChannelInactive();
+    }
+
+    @Override
+    public void userEventTriggered(ChannelHandlerContext ctx, Object event) {
+        if (event instanceof HttpExpectationFailedEvent) {
+            reading = false; // the client was told not to send the body
+        }
+        ctx.fireUserEventTriggered(event);
     }
 
     /** Counts bytes of the request that is being read, unless there is no room for them beside those of others. */
     private boolean take(int bytes) {
-        if (bytes == 0) {
+        if (bytes == 0 || unanswered.isEmpty()) {
             return true;
         }
         long mine = unanswered.removeLast() + bytes;
@@ -173,33 +196,36 @@ final class Uploads extends ChannelDuplexHandler {
 
     /** Looks in a while whether more of the body has come. */
     private void watch(ChannelHandlerContext ctx, long delayNs) {
-        watched = true;
-        ctx.executor().schedule(() -> lookAgain(ctx), delayNs, TimeUnit.NANOSECONDS);
+        watch = ctx.executor().schedule(() -> lookAgain(ctx), delayNs, TimeUnit.NANOSECONDS);
     }
 
     private void lookAgain(ChannelHandlerContext ctx) {
-        watched = false;
+        watch = null;
         if (!reading) {
             return;
         }
         long leftNs = STALLED_NS - (System.nanoTime() - readAtNs);
         if (leftNs > 0) {
             watch(ctx, leftNs);
-        } else if (counting || refusing) {
-            answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED).addListener(ChannelFutureListener.CLOSE);
+        } else if (unanswered.size() == (counting ? 1 : 0) && (counting || refusing)) {
+            answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED, false);
         } else {
-            ctx.close(); // it has its answer
+            ctx.close(); // it has its answer, or the client would take this one for that to an earlier request
         }
     }
 
-    private static ChannelFuture answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document) {
+    private void answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document, boolean goesOn) {
         DefaultFullHttpResponse answer =
                 new DefaultFullHttpResponse(
                         HttpVersion.HTTP_1_1, status, Unpooled.copiedBuffer(document, StandardCharsets.UTF_8));
         answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
         answer.headers().set(HttpHeaderNames.RETRY_AFTER, RETRY_AFTER_S);
         HttpUtil.setContentLength(answer, answer.content().readableBytes());
-        HttpUtil.setKeepAlive(answer, status != HttpResponseStatus.REQUEST_TIMEOUT);
-        return ctx.writeAndFlush(answer);
+        HttpUtil.setKeepAlive(answer, goesOn);
+        closing = !goesOn;
+        ChannelFuture sent = ctx.writeAndFlush(answer);
+        if (closing) {
+            sent.addListener(ChannelFutureListener.CLOSE);
+        }
     }
 }

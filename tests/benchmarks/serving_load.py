@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from serving_client import Pool, Reply
 
+# Why an open loop has not sent a request that it had planned.
+NO_ROOM = "in-flight limit"
+
 
 @dataclass(kw_only=True)
 class Load:
@@ -117,7 +120,7 @@ async def open_loop(
                 if (ahead := planned - time.perf_counter()) > 0:
                     await asyncio.sleep(ahead)
                 if len(running) >= most_in_flight:
-                    load.faults["in-flight limit"] += 1
+                    load.faults[NO_ROOM] += 1
                     await asyncio.sleep(0)
                     continue
                 task = asyncio.create_task(one(chance.choice(messages), planned))

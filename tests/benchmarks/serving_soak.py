@@ -7,8 +7,10 @@ Saturation is measured by a short closed loop; then golden samples arrive at ran
 It is measured anew every minute: a shared machine does not stay as fast as it was, and 80 % of what it could do half an
 hour ago may be more than it can do now. Resident memory is read every few seconds. Compared are the medians of half a
 minute around the 5th minute, when everything is warm, and at the end: their ratio must be at most 1.02 for the workers
-together. Exit code 1 if it is more, or any request failed; the last line is JSON, `stolen_share` in it what other
-machines took of the cores' time (Linux). `--samples FILE` keeps every reading as CSV.
+together. Exit code 1 if it is more, or any request failed; the last line is JSON. In it, `not_sent` are requests for
+which a thousand others were still in flight, as happens where the machine gets slower within a minute by more than the
+share leaves room for; the server has not seen them. `stolen_share` is what other machines took of the cores' time
+(Linux). `--samples FILE` keeps every reading as CSV.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from serving_load import Load, closed_loop, open_loop, say_json
+from serving_load import NO_ROOM, Load, closed_loop, open_loop, say_json
 from serving_server import Server, golden_answers, golden_message, serving
 
 BOUND = 1.02
@@ -125,6 +127,7 @@ def main() -> None:
         readings = sampler.stop()
         stolen_share = (stolen_s() - stolen) / (time.monotonic() - began) / (psutil.cpu_count() or 1)
         restarted = server.worker_pids() != pids
+    not_sent = load.faults.pop(NO_ROOM, 0)
     if options.samples:
         write_csv(options.samples, readings)
     result = compare(readings, min(options.compare_minutes * 60, options.minutes * 20))
@@ -135,6 +138,7 @@ def main() -> None:
             "archives": [archive.name for archive in server.archives],
             "minutes": options.minutes,
             "saturations": [round(rate) for rate in saturations],
+            "not_sent": not_sent,
             "stolen_share": round(stolen_share, 4),
             "rates": [round(rate) for rate in rates],
             **load.to_document(),

@@ -146,6 +146,7 @@ def test_what_waits_for_a_worker_that_does_not_come_back_gets_503(
         artifact.write_bytes(artifact.read_bytes() + b"\0")  # so that no other worker can load it
         process.kill()
         process.wait(READY_TIMEOUT_S)
+        wait_for(lambda: [worker["status"] for worker in server.workers(MODEL)] != ["READY"])
         with server.client() as client:
             response = client.post(
                 PATH,
