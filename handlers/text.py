@@ -138,7 +138,8 @@ class TextDecoder:
             raise MalformedError(
                 "not_unicode", f"A text holds half a surrogate pair (character {error.start}); send whole characters."
             ) from error
-        encoding = self._tokenizer.encode(text)
+        # Not `encode`, which also finds where in the text each token lies, at 5 % of the requests of a small model.
+        encoding = self._tokenizer.encode_batch_fast([text])[0]
         ids: list[int] = encoding.ids
         cut = bool(encoding.overflowing)
         if cut and self._refuses:
