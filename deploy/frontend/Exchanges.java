@@ -6,6 +6,7 @@ import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPromise;
 import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.FullHttpResponse;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpRequest;
@@ -93,9 +94,7 @@ public final class Exchanges extends ChannelDuplexHandler {
 
     @Override
     public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
-        boolean interim =
-                message instanceof HttpResponse
-                        && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
+        boolean interim = isInterim(message);
         if (draining && !interim && message instanceof HttpResponse && unanswered <= 1) {
             HttpUtil.setKeepAlive((HttpResponse) message, false);
             saidLast = true;
@@ -134,14 +133,24 @@ public final class Exchanges extends ChannelDuplexHandler {
             return; // its answer is on its way
         }
         unanswered = 0;
-        DefaultFullHttpResponse answer =
+        FullHttpResponse answer = refusal(HttpResponseStatus.SERVICE_UNAVAILABLE, STOPPING, false);
+        context.writeAndFlush(answer).addListener(ChannelFutureListener.CLOSE);
+    }
+
+    /** An answer of the frontend's own: a JSON document, and whether the client may ask again on its connection. */
+    static FullHttpResponse refusal(HttpResponseStatus status, String document, boolean keepAlive) {
+        FullHttpResponse answer =
                 new DefaultFullHttpResponse(
-                        HttpVersion.HTTP_1_1,
-                        HttpResponseStatus.SERVICE_UNAVAILABLE,
-                        Unpooled.copiedBuffer(STOPPING, StandardCharsets.UTF_8));
+                        HttpVersion.HTTP_1_1, status, Unpooled.copiedBuffer(document, StandardCharsets.UTF_8));
         answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
         HttpUtil.setContentLength(answer, answer.content().readableBytes());
-        HttpUtil.setKeepAlive(answer, false);
-        context.writeAndFlush(answer).addListener(ChannelFutureListener.CLOSE);
+        HttpUtil.setKeepAlive(answer, keepAlive);
+        return answer;
+    }
+
+    /** Whether it only says that the answer is still to come, as 100 Continue does. */
+    static boolean isInterim(Object message) {
+        return message instanceof HttpResponse
+                && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
     }
 }

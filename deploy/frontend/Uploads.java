@@ -1,28 +1,22 @@
 package org.pytorch.serve;
 
-import io.netty.buffer.Unpooled;
 import io.netty.channel.ChannelDuplexHandler;
 import io.netty.channel.ChannelFuture;
 import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPipeline;
 import io.netty.channel.ChannelPromise;
-import io.netty.handler.codec.http.DefaultFullHttpResponse;
+import io.netty.handler.codec.http.FullHttpResponse;
 import io.netty.handler.codec.http.HttpContent;
 import io.netty.handler.codec.http.HttpExpectationFailedEvent;
 import io.netty.handler.codec.http.HttpHeaderNames;
-import io.netty.handler.codec.http.HttpHeaderValues;
 import io.netty.handler.codec.http.HttpObjectAggregator;
 import io.netty.handler.codec.http.HttpRequest;
-import io.netty.handler.codec.http.HttpResponse;
 import io.netty.handler.codec.http.HttpResponseStatus;
-import io.netty.handler.codec.http.HttpStatusClass;
 import io.netty.handler.codec.http.HttpUtil;
-import io.netty.handler.codec.http.HttpVersion;
 import io.netty.handler.codec.http.LastHttpContent;
 import io.netty.util.ReferenceCountUtil;
 import io.netty.util.concurrent.Future;
-import java.nio.charset.StandardCharsets;
 import java.util.ArrayDeque;
 import java.util.Deque;
 import java.util.concurrent.TimeUnit;
@@ -138,10 +132,7 @@ final class Uploads extends ChannelDuplexHandler {
 
     @Override
     public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
-        boolean interim =
-                message instanceof HttpResponse
-                        && ((HttpResponse) message).status().codeClass() == HttpStatusClass.INFORMATIONAL;
-        if (!interim && message instanceof LastHttpContent && !unanswered.isEmpty()) {
+        if (!Exchanges.isInterim(message) && message instanceof LastHttpContent && !unanswered.isEmpty()) {
             give(passingOn ? unanswered.removeLast() : unanswered.removeFirst());
             counting &= !passingOn; // what still comes of it is thrown away
         }
@@ -215,13 +206,8 @@ final class Uploads extends ChannelDuplexHandler {
     }
 
     private void answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document, boolean goesOn) {
-        DefaultFullHttpResponse answer =
-                new DefaultFullHttpResponse(
-                        HttpVersion.HTTP_1_1, status, Unpooled.copiedBuffer(document, StandardCharsets.UTF_8));
-        answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
+        FullHttpResponse answer = Exchanges.refusal(status, document, goesOn);
         answer.headers().set(HttpHeaderNames.RETRY_AFTER, RETRY_AFTER_S);
-        HttpUtil.setContentLength(answer, answer.content().readableBytes());
-        HttpUtil.setKeepAlive(answer, goesOn);
         closing = !goesOn;
         ChannelFuture sent = ctx.writeAndFlush(answer);
         if (closing) {
