@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,21 +21,25 @@ from .conftest import READY_TIMEOUT_S, STOP_TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 PAGES_THAT_RUN = (
+    "README.md",
     "docs/export.md",
     "docs/requests.md",
     "docs/archives.md",
-    "README.md",
     "docs/own_model.md",
     "docs/training.md",
 )
-# Most of what they do keeps one core busy. The longest comes first.
+# The first runs alone, since it measures latency; most of what the others do keeps one core busy.
+ALONE = "README.md"
 PAGES_AT_ONCE = 2
+# A measurement that the machine was too busy for says so, and is repeated, as a reader would.
+TRIES = 3
 TRAINING = "torchport train digits"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<attributes>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
+TOO_BUSY = re.compile(r"^INVALID\n\s+the client sent late", re.MULTILINE)
 MAKE = re.compile(r"^make ([a-z-]+)", re.MULTILINE)
 
 
@@ -65,10 +69,12 @@ def pages(
     ]
     first_port = Ports.first_of_free_range()
     with ThreadPoolExecutor(PAGES_AT_ONCE) as pool:
-        yield {
-            page: pool.submit(run_page, page, tmp_path_factory.mktemp("page"), first_port + 5 * i, run_folder)
-            for i, page in enumerate(chosen)
-        }
+        runs: dict[str, Future[int]] = {}
+        for i, page in enumerate(chosen):
+            runs[page] = pool.submit(run_page, page, tmp_path_factory.mktemp("page"), first_port + 5 * i, run_folder)
+            if page == ALONE:
+                wait([runs[page]])
+        yield runs
         pool.shutdown(cancel_futures=True)
 
 
@@ -100,15 +106,18 @@ def run_page(page: str, folder: Path, port: int, trained: Path) -> int:
                 body = block.body
                 if page != "README.md":
                     body = body.replace(TRAINING, f"mkdir runs && cp -r '{trained}' runs/digits")
-                done = subprocess.run(
-                    ["bash", "-euo", "pipefail", "-c", body],
-                    cwd=folder,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    check=False,
-                )
+                for _ in range(TRIES):
+                    done = subprocess.run(
+                        ["bash", "-euo", "pipefail", "-c", body],
+                        cwd=folder,
+                        env=environment,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        check=False,
+                    )
+                    if not TOO_BUSY.search(done.stdout):
+                        break
                 assert done.returncode == 0, f"{block.body}\n{done.stdout[-3000:]}"
     finally:
         for server in servers:

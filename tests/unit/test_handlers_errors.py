@@ -16,11 +16,13 @@ STATUS = {
     if isinstance(value, type) and issubclass(value, RequestError)
 }
 CODE = re.compile(r"[a-z]+(_[a-z0-9]+)+")
+# What the frontend answers by itself; the integration tests ask for each with its status.
+BY_FRONTEND = {(408, "upload_stalled"), (503, "overloaded"), (503, "stopping")}
 
 
 def raised():
-    """Codes by status, of every error that a handler makes."""
-    found = set()
+    """Codes by status, of every error that a handler makes, or the frontend before it."""
+    found = set(BY_FRONTEND)
     for path in (ROOT / "handlers").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
@@ -49,14 +51,21 @@ def test_the_documentation_lists_every_code_with_its_status():
     assert raised() | {(400, "not_booleans"), (400, "not_numbers")} == documented()
 
 
+def test_the_codes_of_the_frontend_are_those_in_its_sources():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "deploy" / "frontend").glob("*.java")]
+    named = {code for text in sources for code in re.findall(r'\\"code\\": \\"(\w+)\\"', text)}
+    assert named == {code for _, code in BY_FRONTEND}
+
+
 def test_codes_are_words():
-    assert [code for _, code in raised() if not CODE.fullmatch(code)] == []
+    assert [code for _, code in raised() - BY_FRONTEND if not CODE.fullmatch(code)] == []
 
 
 @pytest.mark.parametrize("code", sorted({code for _, code in documented()}))
 def test_every_code_has_a_test(code):
     here = Path(__file__)
-    tests = [path.read_text(encoding="utf-8") for path in here.parent.glob("test_handlers_*.py") if path != here]
+    paths = {*here.parent.glob("test_handlers_*.py"), *(ROOT / "tests" / "integration").glob("test_*.py")} - {here}
+    tests = [path.read_text(encoding="utf-8") for path in paths]
     assert any(re.search(rf'"{code}[":]', text) for text in tests)
 
 
