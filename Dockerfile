@@ -60,7 +60,7 @@ COPY deploy/frontend/Arrivals.class deploy/frontend/AsyncBatchAggregator.class d
      /opt/torchport/classes/org/pytorch/serve/wlm/
 COPY deploy/frontend/ServerGroups.class /opt/torchport/classes/org/pytorch/serve/util/
 COPY deploy/frontend/ClientErrors.class deploy/frontend/Exchanges.class deploy/frontend/ServerInitializer.class \
-     deploy/frontend/Uploads.class \
+     deploy/frontend/InOrder.class deploy/frontend/Uploads.class \
      /opt/torchport/classes/org/pytorch/serve/
 
 # ONNX Runtime reports to its maker by default since 1.29: the model file's and graph's names, sizes, timings.

@@ -2,8 +2,9 @@
 
 Two hand out requests in continuous serving (``frontend/Arrivals.java``, ``frontend/AsyncBatchAggregator.java``). Three
 let the frontend answer what is in flight before it stops, in either way of serving (``frontend/ServerGroups.java``),
-one answers broken forms with 400 (``frontend/ClientErrors.java``), and two bound what uploads take of the
-frontend's memory and time (``frontend/Uploads.java``, ``frontend/ModelQueues.java``). See docs/decisions/014.
+one answers broken forms with 400 (``frontend/ClientErrors.java``), two bound what uploads take of the frontend's memory
+and time (``frontend/Uploads.java``, ``frontend/ModelQueues.java``), and one keeps the answers of a connection in the
+order of its requests (``frontend/InOrder.java``). See docs/decisions/014.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _ARRIVALS = f"{_PACKAGE}/wlm/Arrivals.class"
 CLASSES = (
     *_STOCK_SHA256,
     _ARRIVALS,
-    *(f"{_PACKAGE}/{name}.class" for name in ("wlm/ModelQueues", "Uploads", "ClientErrors", "Exchanges")),
+    *(f"{_PACKAGE}/{name}.class" for name in ("wlm/ModelQueues", "Uploads", "InOrder", "ClientErrors", "Exchanges")),
 )
 CONTINUOUS_CLASSES = (_AGGREGATOR, _ARRIVALS)
 _OURS = Path(__file__).parent / "frontend"

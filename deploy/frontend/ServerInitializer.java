@@ -27,7 +27,7 @@ import org.pytorch.serve.workflow.api.http.WorkflowMgmtRequestHandler;
  * Sets up a client's connection.
  *
  * <p>It takes the place of TorchServe 0.12.0's own class of this name and puts the same handlers in the same order, with
- * ClientErrors before them, and with Exchanges and Uploads before the aggregator.
+ * ClientErrors before them, and with Exchanges, InOrder and Uploads before the aggregator.
  */
 public class ServerInitializer extends ChannelInitializer<Channel> {
     private final SslContext sslContext;
@@ -50,6 +50,7 @@ public class ServerInitializer extends ChannelInitializer<Channel> {
         }
         pipeline.addLast("http", new HttpServerCodec());
         pipeline.addLast("exchanges", new Exchanges());
+        pipeline.addLast("inOrder", new InOrder());
         Uploads.addTo(pipeline);
         pipeline.addLast("handler", new HttpRequestHandler(handlers(config)));
     }

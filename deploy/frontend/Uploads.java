@@ -17,8 +17,6 @@ import io.netty.handler.codec.http.HttpUtil;
 import io.netty.handler.codec.http.LastHttpContent;
 import io.netty.util.ReferenceCountUtil;
 import io.netty.util.concurrent.Future;
-import java.util.ArrayDeque;
-import java.util.Deque;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicLong;
 import org.pytorch.serve.util.ConfigManager;
@@ -55,19 +53,15 @@ final class Uploads extends ChannelDuplexHandler {
 
     private static final AtomicLong TAKEN = new AtomicLong();
 
-    // All used by the connection's own thread only. The bytes of each request without an answer, oldest first: more
-    // than one where the client does not wait for answers.
-    private final Deque<Long> unanswered = new ArrayDeque<>();
-    // Of the request that is being read, or was read last.
-    private boolean counting;
+    // All used by the connection's own thread only, and of one request: InOrder lets in no other before its answer.
+    private boolean unanswered;
+    private long mine;
     private boolean refusing;
     private boolean reading;
     private long readAtNs;
     private Future<?> watch;
     private boolean keepAlive;
     private boolean closing;
-    // While the handlers behind this one see a part of a request: an answer written then is the answer to that.
-    private boolean passingOn;
 
     /** Puts one of these into a pipeline, with the aggregator behind it. */
     static void addTo(ChannelPipeline pipeline) {
@@ -92,33 +86,25 @@ final class Uploads extends ChannelDuplexHandler {
         boolean last = message instanceof LastHttpContent;
         if (message instanceof HttpRequest) {
             keepAlive = HttpUtil.isKeepAlive((HttpRequest) message);
-            unanswered.addLast(0L);
-            counting = true;
+            unanswered = true;
             refusing = false;
         }
         reading = !last;
         readAtNs = System.nanoTime();
-        if (message instanceof HttpContent && counting && !take(((HttpContent) message).content().readableBytes())) {
-            counting = false;
+        if (message instanceof HttpContent && !take(((HttpContent) message).content().readableBytes())) {
             refusing = true;
-            give(unanswered.removeLast());
+            giveBack();
             forget(ctx);
         }
         if (!refusing) {
-            passingOn = true;
-            try {
-                ctx.fireChannelRead(message);
-            } finally {
-                passingOn = false;
-            }
+            ctx.fireChannelRead(message);
             return;
         }
         ReferenceCountUtil.release(message);
         if (last) {
             refusing = false;
             logger.warn("A body found no room beside {} bytes in flight, of {} at most: 503", TAKEN.get(), MOST);
-            // A client that has asked before, and has no answer yet, would take this one for that.
-            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM, keepAlive && unanswered.isEmpty());
+            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM, keepAlive);
         }
     }
 
@@ -132,9 +118,8 @@ final class Uploads extends ChannelDuplexHandler {
 
     @Override
     public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
-        if (!Exchanges.isInterim(message) && message instanceof LastHttpContent && !unanswered.isEmpty()) {
-            give(passingOn ? unanswered.removeLast() : unanswered.removeFirst());
-            counting &= !passingOn; // what still comes of it is thrown away
+        if (!Exchanges.isInterim(message) && message instanceof LastHttpContent) {
+            giveBack(); // what still comes of its body is thrown away, and not counted
         }
         ctx.write(message, promise);
     }
@@ -142,17 +127,15 @@ final class Uploads extends ChannelDuplexHandler {
     @Override
     public void channelInactive(ChannelHandlerContext ctx) {
         reading = false;
-        counting = false;
         if (watch != null) {
             watch.cancel(false);
         }
         try {
-            if (!unanswered.isEmpty()) {
+            if (unanswered) {
                 ModelQueues.removeAbandoned(); // before their bytes count as given back
             }
         } finally {
-            unanswered.forEach(Uploads::give);
-            unanswered.clear();
+            giveBack();
             ctx.fireChannelInactive();
         }
     }
@@ -167,17 +150,19 @@ final class Uploads extends ChannelDuplexHandler {
 
     /** Counts bytes of the request that is being read, unless there is no room for them beside those of others. */
     private boolean take(int bytes) {
-        if (bytes == 0 || unanswered.isEmpty()) {
+        if (bytes == 0 || !unanswered) {
             return true;
         }
-        long mine = unanswered.removeLast() + bytes;
-        unanswered.addLast(mine);
+        mine += bytes;
         long all = TAKEN.addAndGet(bytes);
         return all <= MOST || mine <= ALWAYS_ROOM_FOR || all == mine;
     }
 
-    private static void give(long bytes) {
-        TAKEN.addAndGet(-bytes);
+    /** The request has its answer, or needs none any more. */
+    private void giveBack() {
+        TAKEN.addAndGet(-mine);
+        mine = 0;
+        unanswered = false;
     }
 
     /** Puts a new aggregator in the place of the one that has a part of a body. */
@@ -198,10 +183,10 @@ final class Uploads extends ChannelDuplexHandler {
         long leftNs = STALLED_NS - (System.nanoTime() - readAtNs);
         if (leftNs > 0) {
             watch(ctx, leftNs);
-        } else if (unanswered.size() == (counting ? 1 : 0) && (counting || refusing)) {
+        } else if (unanswered || refusing) {
             answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED, false);
         } else {
-            ctx.close(); // it has its answer, or the client would take this one for that to an earlier request
+            ctx.close(); // it has its answer
         }
     }
 

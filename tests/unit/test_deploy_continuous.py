@@ -30,7 +30,7 @@ from handlers.settings import WorkerSettings
 # Classes that TorchServe has none of.
 NOBODYS = {
     f"org/pytorch/serve/{name}.class"
-    for name in ("wlm/Arrivals", "wlm/ModelQueues", "Uploads", "ClientErrors", "Exchanges")
+    for name in ("wlm/Arrivals", "wlm/ModelQueues", "Uploads", "InOrder", "ClientErrors", "Exchanges")
 }
 BY_SCHEDULING = {f"org/pytorch/serve/wlm/{name}.class" for name in ("Arrivals", "AsyncBatchAggregator")}
 SOURCES = Path(deploy.__file__).parent / "frontend"

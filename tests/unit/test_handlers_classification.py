@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from handlers import classification
 from handlers.classification import TOP_K, Classifier
 from handlers.errors import InferenceError
 
@@ -50,8 +51,24 @@ def test_the_answer_is_plain_json():
     assert json.loads(json.dumps(answer(1, 2))) == answer(1, 2)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_many_classes_are_ranked_like_few(dtype, monkeypatch):
+    draws = np.random.default_rng(5).normal(scale=4, size=(50, 20)).round(1).astype(dtype)  # some are equal
+    classifier = Classifier(tuple(f"class {i}" for i in range(20)))
+    few = [classifier.answer(logits, 20) for logits in draws]
+    monkeypatch.setattr(classification, "_FEW_CLASSES", 0)
+    many = [classifier.answer(logits, 20) for logits in draws]
+    assert [[item["label"] for item in each["top_k"]] for each in few] == [
+        [item["label"] for item in each["top_k"]] for each in many
+    ]
+    found, expected = ([[item["probability"] for item in each["top_k"]] for each in side] for side in (few, many))
+    assert np.allclose(found, expected, rtol=0, atol=1.1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 40])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_our_own_defect(bad):
+def test_what_is_not_finite_is_our_own_defect(bad, classes):
+    logits = np.array([1.0] * (classes - 1) + [bad], dtype=np.float32)
     with pytest.raises(InferenceError) as caught:
-        answer(1, bad)
+        Classifier(tuple(map(str, range(classes)))).answer(logits)
     assert (caught.value.status, caught.value.code) == (500, "model_output_not_finite")
