@@ -48,8 +48,8 @@ class Classifier:
         return {**top[0], "top_k": top}
 
 
-# Both: softmax in float64, shifted by the maximum, so exp cannot overflow; and a stable sort, which breaks ties by class
-# order, so the same logits always give the same answer.
+# Both: softmax in float64, shifted by the maximum, so exp cannot overflow; and a stable sort, which breaks ties by
+# class order, so the same logits always give the same answer.
 def _rank_few(logits: NDArray[np.floating[Any]], count: int) -> list[tuple[int, float]]:
     values = logits.tolist()
     if not all(map(math.isfinite, values)):
