@@ -125,7 +125,7 @@ public class AsyncBatchAggregator extends BatchAggregator {
                 request.setCommand(job.getCmd());
             }
             if (job.getJobId() == null) {
-                // Pipelined: the answer to the request before it has taken its session, and its id with that.
+                // Its connection has no session any more. One without an id would fail the others of the message.
                 job.getPayload().setRequestId(UUID.randomUUID().toString());
             }
             job.setScheduled();

@@ -133,18 +133,18 @@ public final class Exchanges extends ChannelDuplexHandler {
             return; // its answer is on its way
         }
         unanswered = 0;
-        FullHttpResponse answer = refusal(HttpResponseStatus.SERVICE_UNAVAILABLE, STOPPING, false);
+        FullHttpResponse answer = refusal(HttpResponseStatus.SERVICE_UNAVAILABLE, STOPPING);
         context.writeAndFlush(answer).addListener(ChannelFutureListener.CLOSE);
     }
 
-    /** An answer of the frontend's own: a JSON document, and whether the client may ask again on its connection. */
-    static FullHttpResponse refusal(HttpResponseStatus status, String document, boolean keepAlive) {
+    /** An answer of the frontend's own, a JSON document, behind which the connection is closed. */
+    static FullHttpResponse refusal(HttpResponseStatus status, String document) {
         FullHttpResponse answer =
                 new DefaultFullHttpResponse(
                         HttpVersion.HTTP_1_1, status, Unpooled.copiedBuffer(document, StandardCharsets.UTF_8));
         answer.headers().set(HttpHeaderNames.CONTENT_TYPE, HttpHeaderValues.APPLICATION_JSON);
         HttpUtil.setContentLength(answer, answer.content().readableBytes());
-        HttpUtil.setKeepAlive(answer, keepAlive);
+        HttpUtil.setKeepAlive(answer, false);
         return answer;
     }
 

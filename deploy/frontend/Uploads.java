@@ -1,8 +1,6 @@
 package org.pytorch.serve;
 
 import io.netty.channel.ChannelDuplexHandler;
-import io.netty.channel.ChannelFuture;
-import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPipeline;
 import io.netty.channel.ChannelPromise;
@@ -13,13 +11,13 @@ import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpObjectAggregator;
 import io.netty.handler.codec.http.HttpRequest;
 import io.netty.handler.codec.http.HttpResponseStatus;
-import io.netty.handler.codec.http.HttpUtil;
 import io.netty.handler.codec.http.LastHttpContent;
 import io.netty.util.ReferenceCountUtil;
 import io.netty.util.concurrent.Future;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicLong;
 import org.pytorch.serve.util.ConfigManager;
+import org.pytorch.serve.util.NettyUtils;
 import org.pytorch.serve.wlm.ModelQueues;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
@@ -54,13 +52,13 @@ final class Uploads extends ChannelDuplexHandler {
     private static final AtomicLong TAKEN = new AtomicLong();
 
     // All used by the connection's own thread only, and of one request: InOrder lets in no other before its answer.
+    private HttpRequest request;
     private boolean unanswered;
     private long mine;
     private boolean refusing;
     private boolean reading;
     private long readAtNs;
     private Future<?> watch;
-    private boolean keepAlive;
     private boolean closing;
 
     /** Puts one of these into a pipeline, with the aggregator behind it. */
@@ -70,7 +68,9 @@ final class Uploads extends ChannelDuplexHandler {
     }
 
     private static HttpObjectAggregator newAggregator() {
-        HttpObjectAggregator aggregator = new HttpObjectAggregator(ConfigManager.getInstance().getMaxRequestSize());
+        // Closing behind an Expect that it refuses: the client may send the body all the same, as RFC 9110 allows.
+        HttpObjectAggregator aggregator =
+                new HttpObjectAggregator(ConfigManager.getInstance().getMaxRequestSize(), true);
         // Of 8 KiB each. By default it copies all that it has into one piece whenever it has 1024 of them; memory that
         // is free, but not in one piece, is then not enough.
         aggregator.setMaxCumulationBufferComponents(Integer.MAX_VALUE);
@@ -85,7 +85,7 @@ final class Uploads extends ChannelDuplexHandler {
         }
         boolean last = message instanceof LastHttpContent;
         if (message instanceof HttpRequest) {
-            keepAlive = HttpUtil.isKeepAlive((HttpRequest) message);
+            request = (HttpRequest) message;
             unanswered = true;
             refusing = false;
         }
@@ -104,7 +104,7 @@ final class Uploads extends ChannelDuplexHandler {
         if (last) {
             refusing = false;
             logger.warn("A body found no room beside {} bytes in flight, of {} at most: 503", TAKEN.get(), MOST);
-            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM, keepAlive);
+            answer(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, NO_ROOM);
         }
     }
 
@@ -184,19 +184,20 @@ final class Uploads extends ChannelDuplexHandler {
         if (leftNs > 0) {
             watch(ctx, leftNs);
         } else if (unanswered || refusing) {
-            answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED, false);
+            forget(ctx);
+            answer(ctx, HttpResponseStatus.REQUEST_TIMEOUT, STALLED);
         } else {
             ctx.close(); // it has its answer
         }
     }
 
-    private void answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document, boolean goesOn) {
-        FullHttpResponse answer = Exchanges.refusal(status, document, goesOn);
+    private void answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document) {
+        FullHttpResponse answer = Exchanges.refusal(status, document);
         answer.headers().set(HttpHeaderNames.RETRY_AFTER, RETRY_AFTER_S);
-        closing = !goesOn;
-        ChannelFuture sent = ctx.writeAndFlush(answer);
-        if (closing) {
-            sent.addListener(ChannelFutureListener.CLOSE);
-        }
+        closing = true;
+        // As TorchServe does with its own refusals: they are in its metrics and its log of requests, and it closes the
+        // connection behind them.
+        NettyUtils.requestReceived(ctx.channel(), request);
+        NettyUtils.sendHttpResponse(ctx, answer, false);
     }
 }

@@ -6,10 +6,13 @@ import base64
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from deploy.server import SCHEDULING
@@ -20,6 +23,7 @@ from .conftest import RunningServer, serving
 
 MODEL = "digits-torchscript"
 REQUESTS = 60
+PINGS = 30_000
 # So many samples take a while, and what follows takes next to none.
 MANY = 256
 TIMEOUT_S = 60
@@ -73,6 +77,10 @@ class Pipeline:
             f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
         )
         return (head + ("Expect: 100-continue\r\n" if expect else "") + "\r\n").encode() + body
+
+    def has_ended(self) -> bool:
+        """Whether the server closes the connection and sends nothing before."""
+        return self._stream.read() == b""
 
     def send(self, data: bytes) -> None:
         self._socket.sendall(data)
@@ -153,3 +161,28 @@ def test_a_client_that_leaves_with_requests_unanswered_harms_nobody(server: Runn
     with Pipeline(server) as pipeline:
         pipeline.send(pipeline.ping)
         assert pipeline.answer() == (200, {"status": "Healthy"})
+
+
+def test_a_client_that_reads_late_gets_every_answer(server: RunningServer) -> None:
+    # More than the system and the server keep of answers that nobody reads.
+    with Pipeline(server) as pipeline, ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(pipeline.send, pipeline.ping * PINGS)
+        time.sleep(1)
+        assert [pipeline.answer() for _ in range(PINGS)] == [(200, {"status": "Healthy"})] * PINGS
+        sending.result()
+
+
+def test_nothing_is_done_behind_an_answer_that_closes_the_connection(server: RunningServer, long: bytes) -> None:
+    def predictions() -> list[str]:
+        lines = httpx.get(f"{server.state.metrics_url}/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("ts_inference_requests_total{")]
+
+    with Pipeline(server) as pipeline:
+        pipeline.send(pipeline.ping)
+        pipeline.answer()
+        before = predictions()
+        unknown = pipeline.post(long, "application/json").replace(MODEL.encode(), b"nothing", 1)
+        pipeline.send(unknown + pipeline.post(long, "application/json") * 2)
+        assert pipeline.answer()[0] == 404
+        assert pipeline.has_ended()
+    assert predictions() == before
