@@ -2,7 +2,6 @@ package org.pytorch.serve;
 
 import io.netty.buffer.Unpooled;
 import io.netty.channel.ChannelDuplexHandler;
-import io.netty.channel.ChannelFutureListener;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelPromise;
 import io.netty.handler.codec.http.DefaultFullHttpResponse;
@@ -119,12 +118,14 @@ public final class Exchanges extends ChannelDuplexHandler {
     /** An answer is in the system's hands, or its client has left. */
     private void gone() {
         written--;
-        if (unanswered <= 0 && written <= 0) {
-            BUSY.remove(this);
+        if (written > 0) {
+            return;
+        }
+        if (saidLast) {
             // A client whose answer went out just before the wait began may be asking again already.
-            if (saidLast) {
-                context.close();
-            }
+            context.channel().close(); // and busy until it is closed
+        } else if (unanswered <= 0) {
+            BUSY.remove(this);
         }
     }
 
@@ -132,9 +133,8 @@ public final class Exchanges extends ChannelDuplexHandler {
         if (unanswered == 0) {
             return; // its answer is on its way
         }
-        unanswered = 0;
-        FullHttpResponse answer = refusal(HttpResponseStatus.SERVICE_UNAVAILABLE, STOPPING);
-        context.writeAndFlush(answer).addListener(ChannelFutureListener.CLOSE);
+        unanswered = 1; // what came behind it is not looked at any more
+        context.channel().writeAndFlush(refusal(HttpResponseStatus.SERVICE_UNAVAILABLE, STOPPING));
     }
 
     /** An answer of the frontend's own, a JSON document, behind which the connection is closed. */

@@ -48,12 +48,12 @@ final class InOrder extends ChannelDuplexHandler {
     @Override
     public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
         boolean interim = Exchanges.isInterim(message);
+        ctx.write(message, promise); // first, as Exchanges may have it close the connection
         if (!interim && message instanceof HttpResponse && !HttpUtil.isKeepAlive((HttpResponse) message)) {
             closing = true;
             throwAway();
             ctx.channel().config().setAutoRead(true);
         }
-        ctx.write(message, promise);
         if (!interim && message instanceof LastHttpContent) {
             unanswered = false;
             letNextInSoon(ctx);
@@ -76,13 +76,17 @@ final class InOrder extends ChannelDuplexHandler {
     public void close(ChannelHandlerContext ctx, ChannelPromise promise) {
         Channel channel = ctx.channel();
         boolean plain = channel instanceof DuplexChannel && ctx.pipeline().get(SslHandler.class) == null;
-        if (!closing || lingering || !plain || !channel.isActive()) {
+        if (!closing || !plain || !channel.isActive()) {
             ctx.close(promise);
+            return;
+        }
+        channel.closeFuture().addListener(closed -> promise.trySuccess());
+        if (lingering) {
             return;
         }
         lingering = true;
         ((DuplexChannel) channel).shutdownOutput();
-        ctx.executor().schedule(() -> ctx.close(promise), LINGER_MS, TimeUnit.MILLISECONDS);
+        ctx.executor().schedule((Runnable) ctx::close, LINGER_MS, TimeUnit.MILLISECONDS);
     }
 
     @Override
