@@ -59,7 +59,6 @@ final class Uploads extends ChannelDuplexHandler {
     private boolean reading;
     private long readAtNs;
     private Future<?> watch;
-    private boolean closing;
 
     /** Puts one of these into a pipeline, with the aggregator behind it. */
     static void addTo(ChannelPipeline pipeline) {
@@ -79,10 +78,6 @@ final class Uploads extends ChannelDuplexHandler {
 
     @Override
     public void channelRead(ChannelHandlerContext ctx, Object message) {
-        if (closing) {
-            ReferenceCountUtil.release(message);
-            return;
-        }
         boolean last = message instanceof LastHttpContent;
         if (message instanceof HttpRequest) {
             request = (HttpRequest) message;
@@ -194,7 +189,6 @@ final class Uploads extends ChannelDuplexHandler {
     private void answer(ChannelHandlerContext ctx, HttpResponseStatus status, String document) {
         FullHttpResponse answer = Exchanges.refusal(status, document);
         answer.headers().set(HttpHeaderNames.RETRY_AFTER, RETRY_AFTER_S);
-        closing = true;
         // As TorchServe does with its own refusals: they are in its metrics and its log of requests, and it closes the
         // connection behind them.
         NettyUtils.requestReceived(ctx.channel(), request);

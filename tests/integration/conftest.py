@@ -19,6 +19,8 @@ import pytest
 
 from deploy.ports import Ports
 from deploy.state import STATE_VARIABLE, ServerState, find_server
+from export.checkpoint import load_checkpoint
+from export.evaluation import LabelledRequest, load_evaluation
 
 FORMATS = ("torchscript", "onnx")
 READY_TIMEOUT_S = 120
@@ -118,6 +120,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "digits"
     torchport("train", "digits", "--out", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def held_out(run_folder: Path) -> list[LabelledRequest]:
+    """The digits that the training has not seen, as requests."""
+    checkpoint = load_checkpoint(run_folder)
+    return load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from export.checkpoint import load_checkpoint
-from export.evaluation import LabelledRequest, load_evaluation
+from export.evaluation import LabelledRequest
 from handlers.metrics import ANSWERS, BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, STAGES
 
 from .conftest import READY_TIMEOUT_S, RunningServer, serving
@@ -31,12 +30,6 @@ PATH = f"/predictions/{MODEL}"
 IN_FLIGHT = 32
 # Of answers that should take milliseconds; the machine may stand still meanwhile.
 ANSWER_TIMEOUT_S = 150
-
-
-@pytest.fixture(scope="module")
-def held_out(run_folder: Path) -> list[LabelledRequest]:
-    checkpoint = load_checkpoint(run_folder)
-    return load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ import httpx
 import pytest
 
 from deploy.server import SCHEDULING
-from export.checkpoint import load_checkpoint
-from export.evaluation import LabelledRequest, load_evaluation
+from export.evaluation import LabelledRequest
 
 from .conftest import RunningServer, serving
 
@@ -38,12 +37,6 @@ def server(
         [archives["torchscript"]], tmp_path_factory.mktemp("order"), "--workers", "2", "--scheduling", request.param
     ) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def held_out(run_folder: Path) -> list[LabelledRequest]:
-    checkpoint = load_checkpoint(run_folder)
-    return load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)
 
 
 @pytest.fixture(scope="module")

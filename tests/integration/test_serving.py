@@ -22,8 +22,7 @@ import pytest
 from PIL import Image
 
 from export.archive import open_archive
-from export.checkpoint import load_checkpoint
-from export.evaluation import LabelledRequest, load_evaluation
+from export.evaluation import LabelledRequest
 from handlers.model import ServedModel
 
 from .conftest import FORMATS, RunningServer, serving
@@ -31,12 +30,6 @@ from .conftest import FORMATS, RunningServer, serving
 REQUESTS = 1000
 IN_FLIGHT = 32
 MALFORMED_SHARE = 0.05
-
-
-@pytest.fixture(scope="module")
-def held_out(run_folder: Path) -> list[LabelledRequest]:
-    checkpoint = load_checkpoint(run_folder)
-    return load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)
 
 
 def in_process_labels(archive: Path, requests: list[LabelledRequest], folder: Path) -> list[str]:

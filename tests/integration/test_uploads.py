@@ -18,8 +18,7 @@ import httpx
 import pytest
 
 from deploy.server import SCHEDULING
-from export.checkpoint import load_checkpoint
-from export.evaluation import load_evaluation
+from export.evaluation import LabelledRequest
 from handlers.limits import MAX_REQUEST_BYTES
 
 from .conftest import RunningServer, serving
@@ -61,10 +60,8 @@ def impatient(archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def good(run_folder: Path) -> bytes:
-    checkpoint = load_checkpoint(run_folder)
-    first = load_evaluation(checkpoint.signature, data=None, source=checkpoint.evaluation)[0]
-    return json.dumps({"instances": [{"b64": base64.b64encode(first.body).decode()}]}).encode()
+def good(held_out: list[LabelledRequest]) -> bytes:
+    return json.dumps({"instances": [{"b64": base64.b64encode(held_out[0].body).decode()}]}).encode()
 
 
 class Upload:
