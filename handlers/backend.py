@@ -11,6 +11,9 @@ from handlers.requirements import check_requirements
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
 
+# Batches under way at once. A third would wait: one computes, and one is brought to the device or back.
+MOST_LANES = 2
+
 
 class Backend(Protocol):
     """A loaded artifact."""
@@ -25,8 +28,16 @@ class Backend(Protocol):
         """Whether other threads of Python stand still while it computes."""
         ...
 
+    @property
+    def lanes(self) -> int:
+        """How many batches can be under way at once, each in a thread of its own.
+
+        A GPU computes one batch after the other; others are copied to it and back meanwhile.
+        """
+        ...
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
-        """Compute one batch.
+        """Compute one batch. So many threads as there are lanes may call it at once.
 
         Args:
             batch: The signature's inputs by name, each ``[batch, ...]`` with the signature's dtype.
@@ -43,7 +54,13 @@ class Backend(Protocol):
 
 
 def build_backend(
-    signature: Signature, folder: Path, *, threads: int, gpu: int | None = None, max_batch: int = 0
+    signature: Signature,
+    folder: Path,
+    *,
+    threads: int,
+    gpu: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    max_batch: int = 0,
 ) -> Backend:
     """Load the artifact that a signature names.
 
@@ -52,6 +69,8 @@ def build_backend(
         folder: Where the artifact's file lies.
         threads: Cores that one batch may use. Never "all of them": workers share the machine.
         gpu: Which GPU an artifact for GPUs runs on; None for the runtime's own choice, which is usually the first.
+        gpu_memory_bytes: The most of the GPU's memory that ONNX Runtime may allocate, of which torch knows nothing;
+            None for no limit.
         max_batch: Samples of the largest batch, up to which CUDA graphs are captured; 0 for no graphs.
 
     Raises:
@@ -71,7 +90,9 @@ def build_backend(
     if artifact.format == "onnx":
         from handlers.onnx import OnnxBackend  # noqa: PLC0415
 
-        return OnnxBackend(path, signature, device=artifact.device, threads=threads, gpu=gpu)
+        return OnnxBackend(
+            path, signature, device=artifact.device, threads=threads, gpu=gpu, gpu_memory_bytes=gpu_memory_bytes
+        )
     if artifact.format == "pt2":
         from handlers.pt2 import Pt2Backend  # noqa: PLC0415
 

@@ -3,8 +3,9 @@
 In TorchServe's usual way a worker holds one batch: it waits for a batch to fill, and the next one waits for the last
 answer of this one. With ``asyncCommunication`` the frontend hands over every request at once. Where computing takes
 long, three threads share the work here: one reads and decodes, one computes (outside of Python, so the others run
-meanwhile), one answers; and images, which take long to decode, have threads of their own for it. Where computing takes
-next to nothing, one thread does all in turn: passing Python's lock between them would cost more than the work itself.
+meanwhile), one answers; images, which take long to decode, have threads of their own for it; and for a GPU there are
+two that compute, so that one batch is brought to it and back while the other is computed. Where computing takes next to
+nothing, one thread does all in turn: passing Python's lock between them would cost more than the work itself.
 
 TorchServe's own loop for it (``ts.async_service``, 0.12.0) copies its context and prints for every message, takes one
 message at a time, and passes each through four threads; this takes its place. See docs/decisions/014.
@@ -76,6 +77,8 @@ class _Held:
     size: int = 0
 
 
+_Places = list[tuple[_Held, int]]
+_Batch = tuple[_Places, list[TensorBatch]]
 _Computed = tuple[Sequence[tuple[_Held, int]], Sequence[Row]]
 
 
@@ -90,6 +93,7 @@ class ContinuousWorker:
         response_timeout_s: A request or a batch that takes longer to decode or to compute ends the process: the
             frontend then answers what it held and starts another.
         pipelined: Whether to decode, to compute and to answer in threads of their own.
+        lanes: Threads that compute, where there are threads: see :attr:`handlers.backend.Backend.lanes`.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class ContinuousWorker:
         encode: Callable[[Answer, Frame], Reply],
         response_timeout_s: float,
         pipelined: bool = True,
+        lanes: int = 1,
     ) -> None:
         self._model = model
         self._connection = connection
@@ -108,8 +113,12 @@ class ContinuousWorker:
         self._encode = encode
         self._response_timeout_s = response_timeout_s
         self._pipelined = pipelined
+        self._lanes = lanes
         self._arrived = threading.Condition()
         self._waiting: deque[_Held] = deque()
+        # Batches of the last plan that no thread has taken yet.
+        self._planned: deque[_Batch] = deque()
+        self._planning = threading.Lock()
         self._finished = threading.Condition()
         self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
         self._sending = threading.Lock()
@@ -122,13 +131,21 @@ class ContinuousWorker:
     def run(self) -> None:
         """Answer until the frontend closes the connection; its threads end then, and the process may."""
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        beside = (self._read, self._answer, self._watch) if self._pipelined else (self._watch,)
-        for job in beside:
-            threading.Thread(target=self._beside, args=(job,), name=f"torchport{job.__name__}", daemon=True).start()
+        for job in (self._read, self._answer, self._watch) if self._pipelined else (self._watch,):
+            self._begin(job)
+        # One more computes in this thread.
+        computing = [self._begin(self._compute_beside) for _ in range(self._lanes - 1)] if self._pipelined else []
         self._guarded(self._compute if self._pipelined else self._take_turns)
+        for thread in computing:
+            thread.join()
         self._ended.set()
         with self._finished:
             self._finished.notify()
+
+    def _begin(self, job: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=self._beside, args=(job,), name=f"torchport{job.__name__}", daemon=True)
+        thread.start()
+        return thread
 
     def _beside(self, job: Callable[[], None]) -> None:
         interrupt_nobody()
@@ -166,9 +183,9 @@ class ContinuousWorker:
                 self._take_in(frame, size)
                 # The rest of a chunk waits, where this much has no room.
                 while self._room.is_full and self._waiting:
-                    self._compute_round(self._next_round())
+                    self._compute_round()
             while self._waiting:
-                self._compute_round(self._next_round())
+                self._compute_round()
 
     def _receive(self) -> bytes:
         """What has arrived, or will as the next; nothing once the frontend is gone."""
@@ -205,24 +222,39 @@ class ContinuousWorker:
         except Exception as error:  # our own defect, and still one request's alone
             return defect("request_failed", "The server failed to read this request.", error)
 
-    def _compute(self) -> None:
-        """Round after round: all that has arrived by then."""
-        while True:
-            with self._arrived:
-                while not self._waiting:
-                    if self._closed:
-                        return
-                    self._arrived.wait()
-                round_ = self._next_round()
-            self._compute_round(round_)
-            del round_  # not until the next request comes
+    def _compute_beside(self) -> None:
+        # Libraries of CUDA keep what they prepare for a shape, and handles, for the thread that called them.
+        self._model.warm_up()
+        self._compute()
 
-    def _compute_round(self, round_: list[_Held]) -> None:
-        """Plan over all of it, and run batch after batch."""
+    def _compute(self) -> None:
+        """Batch after batch, until there is nothing more to come."""
+        while (batch := self._next_batch()) is not None:
+            self._run(*batch)
+            del batch  # not until the next request comes
+
+    def _next_batch(self) -> _Batch | None:
+        """One that no other thread has; a new plan is made of all that has arrived by then."""
+        with self._planning:
+            if not self._planned:
+                with self._arrived:
+                    while not self._waiting:
+                        if self._closed:
+                            return None
+                        self._arrived.wait()
+                    round_ = self._next_round()
+                self._planned.extend(self._plan(round_))
+            return self._planned.popleft()
+
+    def _compute_round(self) -> None:
+        """Plan over what has arrived, and run batch after batch."""
+        for batch in self._plan(self._next_round()):
+            self._run(*batch)
+
+    def _plan(self, round_: list[_Held]) -> list[_Batch]:
         places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
         samples = [held.decoded.samples[i] for held, i in places]
-        for indices in self._model.plan(samples):
-            self._run([places[i] for i in indices], [samples[i] for i in indices])
+        return [([places[i] for i in indices], [samples[i] for i in indices]) for indices in self._model.plan(samples)]
 
     def _next_round(self) -> list[_Held]:
         """The oldest requests, as many as can be planned well; what comes later waits for no more than these."""
@@ -233,7 +265,7 @@ class ContinuousWorker:
             round_.append(self._waiting.popleft())
         return round_
 
-    def _run(self, places: list[tuple[_Held, int]], samples: list[TensorBatch]) -> None:
+    def _run(self, places: _Places, samples: list[TensorBatch]) -> None:
         expected = time.monotonic() + self._model.expected_seconds(samples)
         late = [held.deadline < expected for held, _ in places]
         if any(late):
@@ -241,15 +273,13 @@ class ContinuousWorker:
             if not samples:
                 return
         rows = self._model.run(samples)
-        if len(places) <= _MOST_ANSWERED_AT_ONCE and not self._waiting and not self._computed:
+        if len(places) <= _MOST_ANSWERED_AT_ONCE and not (self._waiting or self._planned or self._computed):
             # There is nothing else to compute: the other thread would have to wake up first.
             self._send([(places, rows)])
         else:
             self._give_out((places, rows))
 
-    def _shed(
-        self, places: list[tuple[_Held, int]], samples: list[TensorBatch], late: list[bool]
-    ) -> tuple[list[tuple[_Held, int]], list[TensorBatch]]:
+    def _shed(self, places: _Places, samples: list[TensorBatch], late: list[bool]) -> _Batch:
         """Leave out the samples whose client will have given up; its request gets an error."""
         error = OverloadedError(
             "deadline_exceeded", "The answer would come later than the request's timeout allows; try again later."

@@ -8,6 +8,7 @@ and sizes of the dynamic axes, and a batch is filled up to the smallest bucket t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
 from handlers.staging import Staging, lies_channels_last, shaped, torch_dtype
-from handlers.tensors import TensorBatch, TensorSpec
+from handlers.tensors import Array, TensorBatch, TensorSpec
 from handlers.warm_up import plain_batch
 
 logger = logging.getLogger("torchport")
@@ -236,7 +237,7 @@ class CudaGraphs:
         self._exactly = not is_paddable(signature)
         self._graphs: list[_Graph] = []
         self._told = False
-        with staging.computing():
+        with torch.inference_mode():
             self._capture(buckets(signature, max_batch), recorder, clock)
 
     @property
@@ -244,15 +245,14 @@ class CudaGraphs:
         """The shapes that there are graphs for, the smallest first."""
         return [graph.bucket for graph in self._graphs]
 
-    def compute(self, batch: TensorBatch) -> list[Tensor] | None:
+    def run(self, batch: TensorBatch) -> dict[str, Array] | None:
         """Replay the graph of the smallest bucket that holds a batch.
 
         Args:
             batch: Inputs by name, each ``[batch, ...]``.
 
         Returns:
-            The outputs on the device, of the batch's own shape, until the next batch is computed; None if no graph
-            holds it.
+            The outputs by name, of the batch's own shape; None if no graph holds it.
         """
         if not self._graphs:
             return None
@@ -261,7 +261,12 @@ class CudaGraphs:
         if shape is None or graph is None:
             self._tell_plain(batch)
             return None
-        self._staging.take_in(batch, into=graph.inputs)
+        compute = functools.partial(self._replayed, graph, shape)
+        return self._staging.run(batch, compute, shapes=[tensor.shape for tensor in graph.inputs])
+
+    def _replayed(self, graph: _Graph, shape: Bucket, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs on the device, of the batch's own shape, until the next batch is computed."""
+        _copy(tensors, graph.inputs)
         graph.replay()
         return [_cut(tensor, spec, shape) for tensor, spec in zip(graph.outputs, self._signature.outputs, strict=True)]
 
@@ -298,11 +303,18 @@ class CudaGraphs:
             shape = _sizes(spec, bucket)
             last = lies_channels_last(shape, self._channels_last)
             inputs.append(shaped(room, shape, torch_dtype(spec.numpy_dtype), channels_last=last))
-        self._staging.take_in(plain_batch(self._signature, bucket.samples, bucket.sizes), into=inputs)
-        replay, outputs = recorder.capture(lambda: self._module(*inputs))
-        for spec, output in zip(self._signature.outputs, outputs, strict=True):
-            _check(output, spec, bucket)
-        return _Graph(bucket=bucket, inputs=inputs, outputs=outputs, replay=replay)
+        graphs: list[_Graph] = []
+
+        def capture(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            _copy(tensors, inputs)
+            replay, outputs = recorder.capture(lambda: self._module(*inputs))
+            for spec, output in zip(self._signature.outputs, outputs, strict=True):
+                _check(output, spec, bucket)
+            graphs.append(_Graph(bucket=bucket, inputs=inputs, outputs=outputs, replay=replay))
+            return outputs
+
+        self._staging.run(plain_batch(self._signature, bucket.samples, bucket.sizes), capture)
+        return graphs[0]
 
     def _tell_plain(self, batch: TensorBatch) -> None:
         if not self._told:
@@ -325,6 +337,12 @@ def _shape(batch: TensorBatch, signature: Signature) -> Bucket | None:
             if size != (sizes.setdefault(axis, size) if isinstance(axis, str) else axis):
                 return None
     return Bucket(samples=len(first), sizes=sizes)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy on the device: a lane's memory is its own, and that of the graphs is every batch's."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _sizes(spec: TensorSpec, bucket: Bucket) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from handlers.errors import LoadError, as_open_protocol
 from handlers.open_inference import OpenReply, OpenRequest
@@ -13,6 +13,9 @@ from handlers.parameters import NO_PARAMETERS, Parameters
 from handlers.request import Body, Medium, Part, read_body
 from handlers.signature import Signature
 from handlers.tensors import TensorBatch
+
+if TYPE_CHECKING:
+    from handlers.jpeg_batches import JpegBatches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +67,16 @@ def decode_body(parts: Sequence[Part], medium: Medium, decode: Callable[[Body], 
         return decode(body)
 
 
-def build_decoder(signature: Signature, *, max_samples: int, folder: Path | None = None) -> Decoder:
+def build_decoder(
+    signature: Signature, *, max_samples: int, folder: Path | None = None, jpeg: JpegBatches | None = None
+) -> Decoder:
     """The decoder of a signature's task.
 
     Args:
         signature: Preprocessing, inputs and their bounds.
         max_samples: Requests with more samples are refused.
         folder: Where the tokenizer lies; texts need it.
+        jpeg: Decodes JPEG files on a GPU; None for the CPU.
 
     Raises:
         LoadError: If the tokenizer cannot be used.
@@ -79,7 +85,7 @@ def build_decoder(signature: Signature, *, max_samples: int, folder: Path | None
     if signature.image is not None:
         from handlers.image_request import ImageRequestDecoder  # noqa: PLC0415
 
-        return ImageRequestDecoder(signature, signature.image, max_samples=max_samples)
+        return ImageRequestDecoder(signature, signature.image, max_samples=max_samples, jpeg=jpeg)
     if signature.text is not None:
         from handlers.text import TextDecoder, load_tokenizer  # noqa: PLC0415
 

@@ -19,7 +19,7 @@ from handlers.calling import NamedModule
 from handlers.cuda_graphs import CudaGraphs, CudaRecorder
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
-from handlers.staging import CudaTransfers, Exchange, Staging, build_exchange
+from handlers.staging import Exchange, Staging, build_exchange
 from handlers.tensors import Array, TensorBatch
 from handlers.torch_device import check_device, free_cached, torch_device
 
@@ -90,7 +90,7 @@ class EagerBackend:
         pictures = any(isinstance(layer, nn.Conv2d) for layer in module.modules())
         if pictures:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        staging = Staging(signature, CudaTransfers(self._device), channels_last=pictures)
+        staging = Staging.on(self._device, signature, channels_last=pictures)
         self._exchange = staging
         if max_batch:
             # Without dynamic axes, every shape is one of the graphs'.
@@ -104,13 +104,17 @@ class EagerBackend:
         """The device that it runs on."""
         return self._device.type
 
+    @property
+    def lanes(self) -> int:
+        """Batches under way at once."""
+        return self._exchange.lanes
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with self._exchange.computing():
-            outputs = self._graphs.compute(batch) if self._graphs else None
-            if outputs is None:
-                outputs = self._module(*self._exchange.take_in(batch))
-            return self._exchange.give_out(outputs)
+        outputs = self._graphs.run(batch) if self._graphs else None
+        if outputs is None:
+            outputs = self._exchange.run(batch, lambda tensors: self._module(*tensors))
+        return outputs
 
     def free_memory(self) -> None:
         """Give back what torch keeps; see :class:`handlers.backend.Backend`."""

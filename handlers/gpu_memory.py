@@ -6,8 +6,10 @@ processes may take memory afterwards; what they left no room for is halved, and 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Protocol
 
 from handlers.artifact import Artifact
 from handlers.errors import BackendError
+from handlers.visible_gpus import gpu_name
 
 # What torch, TorchScript (whose errors are text), cuBLAS, cuDNN and ONNX Runtime say.
 _SIGNS = (
@@ -74,6 +77,10 @@ class Gpu(Protocol):
         """Begin to watch for the most."""
         ...
 
+    def limit(self, size: int) -> None:
+        """Let torch in this process have no more from now on."""
+        ...
+
 
 class CudaGpu:
     """A GPU that torch sees; see :class:`Gpu`."""
@@ -100,16 +107,25 @@ class CudaGpu:
         """Start from what is reserved now."""
         self._cuda.reset_peak_memory_stats(self.index)
 
+    def limit(self, size: int) -> None:
+        """Tell torch's allocator, which takes a share."""
+        total = self._cuda.get_device_properties(self.index).total_memory
+        self._cuda.set_per_process_memory_fraction(min(1.0, size / total), self.index)
+
 
 class MemoryWatch:
     """Compares what a model needs of a GPU's memory with what there was before it was loaded.
 
     Args:
         gpu: Where the model will be.
+        limit_bytes: The most of it that torch may allocate here; None for all that is free.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, limit_bytes: int | None = None) -> None:
         self._gpu = gpu
+        self._limit = limit_bytes
+        if limit_bytes is not None:
+            gpu.limit(limit_bytes)
         self._free = gpu.free()
         gpu.forget_peak()
         self._reserved = gpu.reserved()
@@ -142,8 +158,11 @@ class MemoryWatch:
             BackendError: If what it needed, and some headroom, is more than was free.
         """
         needed = round(self._needed() * (1 + _HEADROOM))
-        if needed > self._free:
+        if needed > self._room():
             raise self._shortage(what, needed)
+
+    def _room(self) -> int:
+        return self._free if self._limit is None else min(self._free, self._limit)
 
     def _needed(self) -> int:
         """The most that the model has had.
@@ -156,19 +175,26 @@ class MemoryWatch:
         return torchs + max(0, others)
 
     def _shortage(self, what: str, needed: int, *, least: bool = False) -> BackendError:
+        gpu = f"GPU {gpu_name(self._gpu.index, os.environ)}"
+        needs = f"the model needs {'more than ' if least else ''}{_gib(needed)} for {what}"
+        if self._limit is not None and self._limit < self._free:
+            return BackendError(
+                f"{needs}, and the worker may take {_gib(self._limit)} of {gpu}; set a lower max_batch or a higher "
+                "gpu_memory_mib"
+            )
         return BackendError(
-            f"the model needs {'more than ' if least else ''}{_gib(needed)} for {what}, and GPU {self._gpu.index} has "
-            f"{_gib(self._free)} free; set a lower max_batch, or serve it on another GPU or with fewer workers on this "
-            "one"
+            f"{needs}, and {gpu} has {_gib(self._free)} free; "
+            "set a lower max_batch, or serve it on another GPU or with fewer workers on this one"
         )
 
 
-def watch_memory(artifact: Artifact | None, gpu: int | None) -> MemoryWatch | None:
+def watch_memory(artifact: Artifact | None, gpu: int | None, limit_bytes: int | None = None) -> MemoryWatch | None:
     """The watch over an artifact's GPU.
 
     Args:
         artifact: Not loaded yet.
         gpu: Its number; None for torch's current one.
+        limit_bytes: The most that torch may allocate there; None for no limit.
 
     Returns:
         None if the artifact has no such GPU: there is nothing to watch, or loading it will tell.
@@ -182,13 +208,14 @@ def watch_memory(artifact: Artifact | None, gpu: int | None) -> MemoryWatch | No
     if not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device() if gpu is None else gpu
-    return MemoryWatch(CudaGpu(index)) if 0 <= index < torch.cuda.device_count() else None
+    return MemoryWatch(CudaGpu(index), limit_bytes) if 0 <= index < torch.cuda.device_count() else None
 
 
 class BatchCeilings:
-    """What was learned about batches that the memory did not hold."""
+    """What was learned about batches that the memory did not hold; several threads may."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         # Most samples of a batch whose samples have at least so many positions.
         self._found: list[tuple[int, int]] = []
 
@@ -203,8 +230,9 @@ class BatchCeilings:
             The most samples that such batches have from now on: half of it, which is tried next.
         """
         most = samples // 2
-        others = [(count, least) for count, least in self._found if count < most or least < positions]
-        self._found = [*others, (most, positions)][-_MOST_CEILINGS:]
+        with self._lock:
+            others = [(count, least) for count, least in self._found if count < most or least < positions]
+            self._found = [*others, (most, positions)][-_MOST_CEILINGS:]
         return most
 
     def cut(self, batches: Sequence[list[int]], positions: Callable[[list[int]], int]) -> list[list[int]]:

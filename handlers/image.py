@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from handlers.errors import MalformedError, OutOfRangeError, RequestError, TooLargeError, UnsupportedTypeError
+from handlers.jpeg_batches import JpegBatches
 from handlers.limits import too_many_samples
 from handlers.nested import flatten
 from handlers.orientation import check_jpeg, turn_upright
@@ -27,6 +28,8 @@ _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _FULL_SCALE = 255.0
 # One request may hold so many images of the largest size.
 _LARGEST_IMAGES = 8
+# What Adobe's marker says of a JPEG file whose colours were not transformed: not every decoder looks at it.
+_STORED_AS_RGB = 0
 # The last chunk's name and checksum. Pillow does without it once it has all pixels, their checksums unread.
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -60,9 +63,11 @@ class ImageDecoder:
     Args:
         preprocessing: Colour mode, size and normalisation.
         max_samples: More samples than this in one pixel array are refused.
+        jpeg: Decodes JPEG files in colour, as far as it can; None for Pillow alone.
     """
 
-    def __init__(self, preprocessing: ImagePreprocessing, *, max_samples: int) -> None:
+    def __init__(self, preprocessing: ImagePreprocessing, *, max_samples: int, jpeg: JpegBatches | None = None) -> None:
+        self._jpeg = jpeg
         self._spec = preprocessing
         self._max_samples = max_samples
         per_channel = (preprocessing.channels, 1, 1)
@@ -142,7 +147,7 @@ class ImageDecoder:
                     )
                 if image.format == "PNG" and _PNG_END not in data:
                     raise MalformedError("broken_image", "The image is incomplete: the end of the PNG file is missing.")
-                upright = turn_upright(image)
+                upright = turn_upright(image, self._decoded_elsewhere(image, data))
                 # Transparency is dropped, whatever form it has; Pillow would warn of some.
                 upright.info.pop("transparency", None)
                 if upright.mode != spec.mode:
@@ -162,6 +167,18 @@ class ImageDecoder:
                 "broken_image", "The image file is damaged or incomplete and cannot be decoded."
             ) from error
         return pixels.reshape(spec.height, spec.width, spec.channels)
+
+    def _decoded_elsewhere(self, image: ImageFile, data: bytes) -> Image.Image | None:
+        """What the other decoder makes of a file, of which Pillow has read the header."""
+        if self._jpeg is None or image.format != "JPEG" or (image.mode, self._spec.mode) != ("RGB", "RGB"):
+            return None
+        if image.info.get("adobe_transform") == _STORED_AS_RGB:
+            return None
+        pixels = self._jpeg.decode(data, image.width * image.height)
+        # Both read the size from the header; a file with two of them is Pillow's to judge.
+        if pixels is None or pixels.shape != (image.height, image.width, 3):
+            return None
+        return Image.fromarray(pixels)
 
     def _too_many_pixels(self, has: str) -> TooLargeError:
         return TooLargeError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from handlers.decoder import Decoded, decode_body
 from handlers.errors import MalformedError
 from handlers.image import EncodedImage, ImageDecoder, Payload, PixelArray
+from handlers.jpeg_batches import JpegBatches
 from handlers.limits import too_many_samples
 from handlers.open_inference import BYTES, OpenRequest, check_outputs, output_tensors
 from handlers.open_tensors import check_names, count_samples, decode_base64, read_files, read_samples
@@ -52,15 +53,23 @@ class ImageRequestDecoder:
         signature: Names the one input, the output and the labels.
         preprocessing: Colour mode, size and normalisation.
         max_samples: Requests with more samples are refused.
+        jpeg: See :class:`handlers.image.ImageDecoder`.
     """
 
-    def __init__(self, signature: Signature, preprocessing: ImagePreprocessing, *, max_samples: int) -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        preprocessing: ImagePreprocessing,
+        *,
+        max_samples: int,
+        jpeg: JpegBatches | None = None,
+    ) -> None:
         self._name = signature.inputs[0].name
         self._reader = TensorReader(signature.inputs[0], signature.axes)
         self._outputs = output_tensors(signature)
         self._classes = len(signature.labels)
         self._max_samples = max_samples
-        self._images = ImageDecoder(preprocessing, max_samples=max_samples)
+        self._images = ImageDecoder(preprocessing, max_samples=max_samples, jpeg=jpeg)
 
     def decode(self, parts: Sequence[Part]) -> Decoded:
         """Decode one request; see :class:`handlers.decoder.Decoder`."""

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from handlers.decoder import Decoded, build_decoder
 from handlers.errors import GoldenError, InferenceError, LoadError, RequestError, SignatureError
 from handlers.golden import GoldenSet
 from handlers.gpu_memory import BatchCeilings, MemoryWatch, is_out_of_memory, let_go, watch_memory
+from handlers.jpeg_batches import JpegBatches, build_jpeg_batches
 from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
 from handlers.planner import padding_share, plan, positions
 from handlers.preemption import interrupt_nobody
@@ -75,11 +77,11 @@ class ServedModel:
         slot: Held while the model computes; by default nobody has to wait.
         decoding: Requests that are decoded at once; more than one pays for images, whose codecs leave Python alone.
         memory: Watches the GPU's memory since before the backend was loaded; None on the CPU.
+        jpeg: Decodes JPEG files on the GPU; None for the CPU.
 
     Attributes:
         meter: Counts what happens.
         decoders: Threads that decode; None where the caller's own does.
-        busy_since: When the batch that is computed now began, on the monotonic clock; None between batches.
 
     Raises:
         LoadError: If the tokenizer cannot be used.
@@ -96,11 +98,13 @@ class ServedModel:
         slot: AbstractContextManager[object] | None = None,
         decoding: int = 1,
         memory: MemoryWatch | None = None,
+        jpeg: JpegBatches | None = None,
     ) -> None:
         self.signature = signature
         self.backend = backend
         self.meter = Meter()
-        self.busy_since: float | None = None
+        # By thread, when it began with the batch that it computes, on the monotonic clock.
+        self._began: dict[int, float] = {}
         self.decoders = ThreadPoolExecutor(decoding, "torchport-decode", interrupt_nobody) if decoding > 1 else None
         self._slot = slot or nullcontext()
         # Until it is measured: calls alone cost, so batches are as few as they can be.
@@ -109,7 +113,7 @@ class ServedModel:
         self._memory = memory
         self._ceilings = BatchCeilings()
         self._identity = identity or {}
-        self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder)
+        self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder, jpeg=jpeg)
         self._answerer = Answerer(signature)
 
     @classmethod
@@ -123,6 +127,8 @@ class ServedModel:
         slot: AbstractContextManager[object] | None = None,
         decoding: int = 1,
         gpu: int | None = None,
+        gpu_memory_bytes: int | None = None,
+        jpeg_on_gpu: bool = False,
     ) -> ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
 
@@ -134,18 +140,23 @@ class ServedModel:
             slot: Held while the model computes.
             decoding: 0 for as many as suit what the model takes and this machine.
             gpu: Which GPU an artifact for GPUs runs on; None for the runtime's own choice.
+            gpu_memory_bytes: The most of its memory that torch or ONNX Runtime may allocate; None for no limit.
+            jpeg_on_gpu: Whether JPEG files are decoded there too.
 
         Raises:
-            LoadError: If the signature, the tokenizer or the artifact cannot be used, or the GPU's memory is too small.
+            LoadError: If the signature, the tokenizer or the artifact cannot be used, or the GPU's memory is too small;
+                if JPEG files are to be decoded on a GPU, and cannot be.
         """
         try:
             signature = Signature.from_document(json.loads((folder / SIGNATURE_FILE).read_bytes()))
         except (OSError, ValueError, SignatureError) as error:
             raise LoadError(f"{SIGNATURE_FILE} cannot be used: {error}") from error
         keep_freed_memory()
-        memory = watch_memory(signature.artifact, gpu)
+        memory = watch_memory(signature.artifact, gpu, gpu_memory_bytes)
         with memory.explaining("its weights") if memory else nullcontext():
-            backend = build_backend(signature, folder, threads=threads, gpu=gpu, max_batch=max_batch)
+            backend = build_backend(
+                signature, folder, threads=threads, gpu=gpu, gpu_memory_bytes=gpu_memory_bytes, max_batch=max_batch
+            )
         return cls(
             signature,
             backend,
@@ -155,6 +166,7 @@ class ServedModel:
             slot=slot,
             decoding=decoding or _decoders(signature),
             memory=memory,
+            jpeg=build_jpeg_batches(signature.artifact, gpu) if jpeg_on_gpu and signature.image is not None else None,
         )
 
     def warm_up(self) -> None:
@@ -186,14 +198,22 @@ class ServedModel:
         )
         return self._cost
 
+    @property
+    def busy_since(self) -> float | None:
+        """When the oldest of the batches that are computed now began, on the monotonic clock; None between batches."""
+        return min(list(self._began.values()), default=None)
+
     def wants_one_thread(self) -> bool:
         """Whether decoding, computing and answering should take turns in one thread.
 
         They should where the runtime does not let other threads run meanwhile, and where a sample of usual size, in a
-        full batch, takes less to compute than to hand it to another thread.
+        full batch, takes less to compute than to hand it to another thread. While a GPU computes, the CPU has nothing
+        else to do.
         """
         if self.backend.holds_lock:
             return True
+        if self.backend.device != "cpu":
+            return False
         sizes = [(axis.minimum + axis.maximum) / 2 for axis in self.signature.axes.values()]
         return bool(self._cost.seconds(self._max_batch, math.prod(sizes)) < self._max_batch * _QUICK_S)
 
@@ -303,9 +323,12 @@ class ServedModel:
             yield
 
     def _run_metered(self, samples: list[TensorBatch]) -> list[Row]:
-        self.busy_since = began = time.monotonic()
-        rows = self._run(samples)
-        self.busy_since = None
+        thread = threading.get_ident()
+        self._began[thread] = began = time.monotonic()
+        try:
+            rows = self._run(samples)
+        finally:
+            del self._began[thread]
         self.meter.observe(STAGE_SECONDS, time.monotonic() - began, _stage("compute"))
         self.meter.count(SAMPLES, len(samples))
         self.meter.observe(BATCH_SAMPLES, len(samples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +107,11 @@ class OnnxBackend:
         """The device that it runs on."""
         return self._device
 
+    @property
+    def lanes(self) -> int:
+        """Batches under way at once."""
+        return 1 if self._staging is None else self._staging.lanes
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
         if self._device == "cuda":
@@ -122,29 +126,24 @@ class OnnxBackend:
     def _run_bound(self, batch: TensorBatch) -> list[Array]:
         """Compute with inputs and outputs on the GPU: one copy in for each input, and one copy out for each output."""
         binding = self._session.io_binding()
-        with self._staging.computing() if self._staging else nullcontext():
-            # Until the outputs are there, something has to hold what is bound.
-            inputs = self._bind_inputs(binding, batch)
-            for name in self._outputs:
-                binding.bind_output(name, self._device, self._gpu)
-            self._session.run_with_iobinding(binding)
-            results: list[Array] = binding.copy_outputs_to_cpu()
-            del inputs
-        return results
-
-    def _bind_inputs(self, binding: Any, batch: TensorBatch) -> object:
         if self._staging is None:
             for name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(batch[name]))
-            return None
-        tensors = self._staging.take_in(batch)
+            return self._outputs_of(binding)
         # ONNX Runtime computes on a stream of its own, which does not wait for torch's.
-        self._staging.wait()
-        for name, tensor in zip(self._given, tensors, strict=True):
-            if name in self._inputs:
-                dtype, shape = batch[name].dtype, list(tensor.shape)
-                binding.bind_input(name, self._device, self._gpu, dtype, shape, tensor.data_ptr())
-        return tensors
+        with self._staging.lent(batch) as tensors:
+            for name, tensor in zip(self._given, tensors, strict=True):
+                if name in self._inputs:
+                    dtype, shape = batch[name].dtype, list(tensor.shape)
+                    binding.bind_input(name, self._device, self._gpu, dtype, shape, tensor.data_ptr())
+            return self._outputs_of(binding)
+
+    def _outputs_of(self, binding: Any) -> list[Array]:
+        for name in self._outputs:
+            binding.bind_output(name, self._device, self._gpu)
+        self._session.run_with_iobinding(binding)
+        results: list[Array] = binding.copy_outputs_to_cpu()
+        return results
 
 
 def cuda_options(gpu: int, *, memory_bytes: int | None = None) -> dict[str, str]:
@@ -160,6 +159,8 @@ def cuda_options(gpu: int, *, memory_bytes: int | None = None) -> dict[str, str]
         "cudnn_conv_algo_search": "HEURISTIC",
         # By default memory grows in powers of two, which other workers on the GPU would miss.
         "arena_extend_strategy": "kSameAsRequested",
+        # As in torch (handlers/torch_device.py): fp32 means fp32.
+        "use_tf32": "0",
     }
     if memory_bytes is not None:
         options["gpu_mem_limit"] = str(memory_bytes)
@@ -193,6 +194,6 @@ def _staging(signature: Signature, gpu: int) -> Staging | None:
 
     if not torch.cuda.is_available():
         return None
-    from handlers.staging import CudaTransfers, Staging  # noqa: PLC0415
+    from handlers.staging import Staging  # noqa: PLC0415
 
-    return Staging(signature, CudaTransfers(torch.device("cuda", gpu)))
+    return Staging.on(torch.device("cuda", gpu), signature)

@@ -50,20 +50,26 @@ def check_jpeg(data: bytes) -> None:
         _check_tags(b"".join(_jpeg_exif(data)))
 
 
-def turn_upright(image: ImageFile) -> Image.Image:
+def turn_upright(image: ImageFile, pixels: Image.Image | None = None) -> Image.Image:
     """The image as it is meant to be seen: what ``PIL.ImageOps.exif_transpose`` would give.
+
+    Args:
+        image: Opened, and not decoded yet.
+        pixels: What another decoder made of it, a JPEG file; None to decode it here.
 
     Raises:
         MalformedError: If its EXIF data have far more tags than any camera writes.
     """
-    image.load()  # in a PNG, EXIF data may come after the pixels
+    if pixels is None:
+        image.load()  # in a PNG, EXIF data may come after the pixels
     exif = image.info.get("exif")
     if exif is None and _PNG_PROFILE in image.info:
         exif = bytes.fromhex("".join(image.info[_PNG_PROFILE].split("\n")[3:]))
     if exif:
         _check_tags(exif)
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
+    found = image if pixels is None else pixels
+    return found if turn is None else found.transpose(turn)
 
 
 def _check_tags(exif: bytes) -> None:

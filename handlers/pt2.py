@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from handlers.backend import MOST_LANES
 from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
@@ -45,10 +46,12 @@ class Pt2Backend:
         # Read when a package loads: tensors of a wrong shape or dtype then raise, instead of ending the process.
         os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
         try:
+            # Runners share the weights. With one, a batch would wait, with Python's lock, for the end of the last one.
             # What torch._inductor.aoti_load_package ends in. That function first compiles and runs small programs to
             # name the processor's vector width: it takes seconds, and logs a misleading warning without a compiler.
             index = -1 if self._device.index is None else self._device.index
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, 1, index)
+            runners = 1 if device == "cpu" else MOST_LANES
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, runners, index)
             compiled_for = loader.get_metadata().get("AOTI_DEVICE_KEY")
         except (RuntimeError, AttributeError) as error:
             raise BackendError(
@@ -60,7 +63,7 @@ class Pt2Backend:
             )
         container = CompiledContainer.of_package(path) if device == "cpu" else None
         # Not both: each has a copy of the weights.
-        self._compute: Callable[[list[torch.Tensor]], list[torch.Tensor]] = (
+        self._call: Callable[[list[torch.Tensor]], list[torch.Tensor]] = (
             loader.run if container is None else container.run
         )
         self.holds_lock = container is None and device == "cpu"
@@ -71,13 +74,20 @@ class Pt2Backend:
         """The device that it runs on."""
         return self._device.type
 
+    @property
+    def lanes(self) -> int:
+        """Batches under way at once."""
+        return self._exchange.lanes
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with self._exchange.computing():
-            outputs = self._compute(self._exchange.take_in(batch))
-            # A package does not show where its weights lie; what it computes lies beside them.
-            check_device(outputs, self._device)
-            return self._exchange.give_out(outputs)
+        return self._exchange.run(batch, self._compute)
+
+    def _compute(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        outputs = self._call(list(tensors))
+        # A package does not show where its weights lie; what it computes lies beside them.
+        check_device(outputs, self._device)
+        return outputs
 
     def free_memory(self) -> None:
         """Give back what torch keeps; see :class:`handlers.backend.Backend`."""

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
+from handlers.backend import MOST_LANES
 from handlers.continuous import ContinuousWorker, serve_continuously
 from handlers.digests import verify_folder
 from handlers.errors import InferenceError, LoadError, RequestError, TooLargeError
@@ -26,6 +27,7 @@ from handlers.open_answer import JSON_LENGTH_HEADER, binary_form, is_open_answer
 from handlers.preemption import interrupt_others
 from handlers.settings import WorkerSettings
 from handlers.slots import ComputeSlot
+from handlers.visible_gpus import see_only
 from handlers.wire import quieten_frontend_lines, read_in_few_pieces
 
 logger = logging.getLogger("torchport")
@@ -76,6 +78,10 @@ class Service:
         try:
             verify_folder(folder)
             settings = WorkerSettings.read(config, os.environ)
+            gpu = _gpu(context)
+            if gpu is not None and _in_worker_process():
+                see_only(gpu, os.environ)
+                gpu = 0
             model = ServedModel.load(
                 folder,
                 threads=settings.threads,
@@ -83,7 +89,9 @@ class Service:
                 identity=identity,
                 slot=ComputeSlot(folder, settings.computing),
                 decoding=settings.decoding,
-                gpu=_gpu(context),
+                gpu=gpu,
+                gpu_memory_bytes=settings.gpu_memory_mib << 20 or None,
+                jpeg_on_gpu=bool(settings.jpeg_on_gpu),
             )
             model.warm_up()
             model.measure_cost()
@@ -103,9 +111,9 @@ class Service:
         )
         model.meter.take()  # the golden samples are nobody's requests
         if _in_worker_process():
-            self._take_over_process(context, model)
+            self._take_over_process(context, model, settings)
 
-    def _take_over_process(self, context: Context, model: ServedModel) -> None:
+    def _take_over_process(self, context: Context, model: ServedModel, settings: WorkerSettings) -> None:
         """What concerns the whole process: metrics, TorchServe's loop and wire, the garbage collector."""
         labels = (("ModelName", context.model_name), ("ModelVersion", context.manifest["model"]["modelVersion"]))
         Emitter(model.meter, labels).start()
@@ -119,6 +127,8 @@ class Service:
                 encode=self._reply,
                 response_timeout_s=timeout_s,
                 pipelined=not model.wants_one_thread(),
+                # Threads of one process would hold the same compute slot.
+                lanes=1 if settings.computing else min(settings.lanes or MOST_LANES, model.backend.lanes),
             )
         )
         read_in_few_pieces()

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from handlers.backend import MOST_LANES
 from handlers.document import Section
 from handlers.errors import LoadError, SignatureError
 from handlers.slots import MOST_SLOTS
 
 SECTION = "torchport"
 # By field: the least and the most that it may be.
-_BOUNDS = {"threads": (1, 1024), "computing": (0, MOST_SLOTS), "max_batch": (0, 65536), "decoding": (0, 1024)}
+_BOUNDS = {
+    "threads": (1, 1024),
+    "computing": (0, MOST_SLOTS),
+    "max_batch": (0, 65536),
+    "decoding": (0, 1024),
+    "lanes": (0, MOST_LANES),
+    "gpu_memory_mib": (0, 1 << 24),
+    "jpeg_on_gpu": (0, 1),
+}
 # TorchServe hands its own environment on to its workers; an archive is signed and cannot be changed where it serves.
 _PREFIX = "TORCHPORT_"
 
@@ -25,12 +34,19 @@ class WorkerSettings:
         computing: How many of the model's workers compute at the same time; 0 for all of them.
         max_batch: Samples computed at once; 0 for as many as TorchServe's batches have requests.
         decoding: Threads of each worker that decode requests; 0 for one, and several where the model takes images.
+        lanes: Batches of each worker that are under way at once, one of them computing; 0 for as many as the device has
+            a use for: two on a GPU, one on a CPU.
+        gpu_memory_mib: The most of a GPU's memory that each worker may take; 0 for no limit.
+        jpeg_on_gpu: 1 to decode JPEG files on the worker's GPU.
     """
 
     threads: int = 1
     computing: int = 0
     max_batch: int = 0
     decoding: int = 0
+    lanes: int = 0
+    gpu_memory_mib: int = 0
+    jpeg_on_gpu: int = 0
 
     @classmethod
     def read(cls, config: Mapping[str, object] | None, environment: Mapping[str, str]) -> WorkerSettings:
@@ -38,8 +54,7 @@ class WorkerSettings:
 
         Args:
             config: The whole of model-config.yaml.
-            environment: ``TORCHPORT_THREADS``, ``TORCHPORT_COMPUTING``, ``TORCHPORT_MAX_BATCH`` and
-                ``TORCHPORT_DECODING`` count.
+            environment: ``TORCHPORT_THREADS`` and so on count, one for each setting.
 
         Raises:
             LoadError: If a setting is unknown, no number, or out of range.

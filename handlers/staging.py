@@ -1,52 +1,56 @@
 """How a batch gets to the device and its outputs come back.
 
 On the CPU tensors are copies of the arrays. For a GPU they pass through pinned memory, which the GPU reads and writes
-by itself: one copy in for each input, on a stream of their own, so that the next input is laid out meanwhile; and one
-copy out for each output. Pinned memory takes long to get, so it is kept from batch to batch.
+by itself: one copy in for each input, on a stream of their own, and one copy out for each output. There are two
+*lanes*, each with memory of its own, kept from batch to batch: while one batch computes, the next is laid out and
+copied in by another thread, and the outputs of the last are read. The GPU still computes one batch after the other.
 """
 
 from __future__ import annotations
 
 import math
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from handlers.backend import MOST_LANES
 from handlers.signature import Signature
 from handlers.tensors import Array, TensorBatch
 from handlers.torch_device import check_count, to_numpy, to_torch, widened
+from handlers.transfers import CudaTransfers, Transfers
 
 _IMAGE_AXES = 4
+
+Compute = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From the inputs on the device, in the signature's order, to the outputs; it may change its inputs."""
 
 
 class Exchange(Protocol):
     """Takes the batches of a signature to a device and brings outputs back."""
 
-    def computing(self) -> AbstractContextManager[object]:
-        """What holds while a batch is taken in, computed and given out: inference only, and the right device."""
+    @property
+    def lanes(self) -> int:
+        """How many batches can be under way at once, each in a thread of its own."""
         ...
 
-    def take_in(self, batch: TensorBatch) -> list[Tensor]:
-        """The inputs on the device, in the signature's order; the module may change them.
+    def run(self, batch: TensorBatch, compute: Compute) -> dict[str, Array]:
+        """Compute one batch on the device, for inference only.
 
         Args:
             batch: Inputs by name, each ``[batch, ...]``.
-        """
-        ...
+            compute: What is done with them there.
 
-    def give_out(self, outputs: Sequence[Tensor]) -> dict[str, Array]:
-        """The outputs as arrays, by name; halves as float32.
-
-        Args:
-            outputs: In the signature's order.
+        Returns:
+            The outputs by name; halves as float32. The arrays are the caller's own.
 
         Raises:
-            BackendError: If there are fewer or more than the signature says.
+            BackendError: If it gives fewer or more outputs than the signature says.
         """
         ...
 
@@ -54,206 +58,160 @@ class Exchange(Protocol):
 class DirectExchange:
     """The exchange of the CPU; see :class:`Exchange`."""
 
+    lanes = 1
+
     def __init__(self, signature: Signature) -> None:
         self._signature = signature
         self._device = torch.device("cpu")
 
-    def computing(self) -> AbstractContextManager[object]:
-        """Inference only."""
-        return torch.inference_mode()
-
-    def take_in(self, batch: TensorBatch) -> list[Tensor]:
-        """Copy the inputs."""
-        return to_torch(batch, self._signature.inputs, self._device)
-
-    def give_out(self, outputs: Sequence[Tensor]) -> dict[str, Array]:
-        """The outputs as arrays."""
-        return to_numpy(outputs, self._signature.outputs)
-
-
-class Transfers(Protocol):
-    """Copies between host and device that go on while Python does."""
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Make the device the current one of this thread."""
-        ...
-
-    def pinned(self, size: int) -> Tensor:
-        """So many bytes of the host that the device reads and writes by itself: ``[size]`` uint8."""
-        ...
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """A tensor on the device, of whatever values."""
-        ...
-
-    def arrive(self) -> None:
-        """Wait until all of it was copied in, and the host's memory may be written again."""
-        ...
-
-    def begin(self) -> None:
-        """Let what is copied in come after what was computed before."""
-        ...
-
-    def copy_in(self, target: Tensor, source: Tensor) -> None:
-        """Start to copy from pinned memory to the device."""
-        ...
-
-    def join(self) -> None:
-        """Let what is computed from now on see what was copied in."""
-        ...
-
-    def copy_out(self, target: Tensor, source: Tensor) -> None:
-        """Start to copy to pinned memory, once what was computed before is there."""
-        ...
-
-    def leave(self) -> None:
-        """Wait until all of it was copied out."""
-        ...
-
-
-class CudaTransfers:
-    """The transfers of a CUDA device, with a stream of their own for what is copied in; see :class:`Transfers`.
-
-    No tensor needs ``record_stream``: each is allocated, and freed, for the stream that computes, and that stream waits
-    for the copies (:meth:`join`) before it does anything else.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Waiting for an event that nothing was recorded for returns at once.
-        self._copied_in = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied_out = torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def on_device(self) -> AbstractContextManager[object]:
-        """Make the device the current one: without it, pinned memory would take room on the first GPU."""
-        return torch.cuda.device(self._device)
-
-    def pinned(self, size: int) -> Tensor:
-        """Pinned memory."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """A tensor that belongs to the stream that computes."""
-        return torch.empty(tuple(shape), dtype=dtype, device=self._device, memory_format=memory_format)
-
-    def arrive(self) -> None:
-        """Wait for the copies in."""
-        self._copied_in.synchronize()
-
-    def begin(self) -> None:
-        """Put the copies behind what computes: it may still use memory that a new tensor gets."""
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))
-
-    def copy_in(self, target: Tensor, source: Tensor) -> None:
-        """Copy on the stream of the copies."""
-        with torch.cuda.stream(self._copying):
-            target.copy_(source, non_blocking=True)
-
-    def join(self) -> None:
-        """Put what computes behind the copies."""
-        self._copied_in.record(self._copying)
-        torch.cuda.current_stream(self._device).wait_event(self._copied_in)
-
-    def copy_out(self, target: Tensor, source: Tensor) -> None:
-        """Copy on the stream that computes."""
-        target.copy_(source, non_blocking=True)
-
-    def leave(self) -> None:
-        """Wait for the copies out; other threads of Python go on meanwhile."""
-        self._copied_out.record(torch.cuda.current_stream(self._device))
-        self._copied_out.synchronize()
+    def run(self, batch: TensorBatch, compute: Compute) -> dict[str, Array]:
+        """Compute on copies of the inputs."""
+        with torch.inference_mode():
+            outputs = compute(to_torch(batch, self._signature.inputs, self._device))
+            return to_numpy(outputs, self._signature.outputs)
 
 
 class Staging:
-    """The exchange of a GPU; see :class:`Exchange`. One batch at a time passes through it.
+    """The exchange of a GPU; see :class:`Exchange`.
 
     Args:
         signature: Inputs and outputs.
-        transfers: How bytes get to the device and back.
+        transfers: How bytes get to the device and back, for each lane.
         channels_last: Whether inputs of four axes lie in memory with their channels last, as convolutions like them.
+
+    Attributes:
+        lanes: As many as there are transfers.
     """
 
-    def __init__(self, signature: Signature, transfers: Transfers, *, channels_last: bool = False) -> None:
-        self._signature = signature
-        self._transfers = transfers
-        self._channels_last = channels_last
-        self._lock = threading.Lock()
-        self._inputs = {spec.name: _HostBuffer(transfers.pinned) for spec in signature.inputs}
-        self._outputs = {spec.name: _HostBuffer(transfers.pinned) for spec in signature.outputs}
+    def __init__(self, signature: Signature, transfers: Sequence[Transfers], *, channels_last: bool = False) -> None:
+        self.lanes = len(transfers)
+        # In turn, so that warming up prepares all of them.
+        self._free: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        for own in transfers:
+            self._free.put(_Lane(signature, own, channels_last=channels_last))
+        # The device computes one batch after the other, and a CUDA graph's memory is every batch's.
+        self._turn = threading.Lock()
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Inference only, on the device, and nobody else meanwhile: the buffers are shared."""
-        with self._lock, torch.inference_mode(), self._transfers.on_device():
-            yield
+    @classmethod
+    def on(cls, device: torch.device, signature: Signature, *, channels_last: bool = False) -> Staging:
+        """The staging of a CUDA device."""
+        return cls(signature, [CudaTransfers(device) for _ in range(MOST_LANES)], channels_last=channels_last)
 
-    def take_in(self, batch: TensorBatch, into: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Copy the inputs to the device.
+    def run(
+        self, batch: TensorBatch, compute: Compute, *, shapes: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Array]:
+        """Compute one batch; see :class:`Exchange`.
 
         Args:
             batch: Inputs by name, each ``[batch, ...]``.
-            into: Tensors on the device to copy to, of the inputs' dtypes. They may be larger than the batch, which is
-                then filled up: dynamic axes with the input's padding, and the batch with copies of its first sample.
-
-        Returns:
-            ``into``, or tensors of the batch's own shapes.
+            compute: Called by one thread at a time.
+            shapes: Of the tensors that it gets, in the signature's order; None for the batch's own. They may be larger
+                than the batch, which is then filled up: dynamic axes with the input's padding, and the batch with
+                copies of its first sample.
         """
-        tensors: list[Tensor] = []
-        # The last batch may have failed before it waited for its outputs.
-        self._transfers.arrive()
-        self._transfers.begin()
+        with self._lane() as lane:
+            tensors = lane.take_in(batch, shapes)
+            with self._turn:
+                lane.transfers.join()
+                try:
+                    hosts = lane.start_out(compute(tensors))
+                except BaseException:
+                    # Nobody waits for what was launched, and it may write to its inputs.
+                    lane.transfers.begin()
+                    raise
+            return lane.finish_out(hosts)
+
+    @contextmanager
+    def lent(self, batch: TensorBatch) -> Iterator[list[Tensor]]:
+        """The inputs of a batch on the device, for who computes on another stream than torch's, one at a time.
+
+        Args:
+            batch: Inputs by name, each ``[batch, ...]``.
+        """
+        with self._lane() as lane:
+            tensors = lane.take_in(batch, None)
+            with self._turn:
+                lane.transfers.arrive()
+                yield tensors
+
+    @contextmanager
+    def _lane(self) -> Iterator[_Lane]:
+        """One that nobody else has, for inference only, on the device."""
+        lane = self._free.get()
         try:
-            for i, spec in enumerate(self._signature.inputs):
-                array = batch[spec.name]
-                target = self._room_for(array) if into is None else into[i]
-                last = lies_channels_last(target.shape, self._channels_last)
-                host = self._inputs[spec.name].view(target.shape, target.dtype, channels_last=last)
-                _fill(host.numpy(), array, spec.padding)
-                self._transfers.copy_in(target, host)
-                tensors.append(target)
+            with torch.inference_mode(), lane.transfers.on_device():
+                yield lane
         finally:
-            # Even if there was no memory for the last one: the first ones are being written.
-            self._transfers.join()
+            self._free.put(lane)
+
+
+class _Lane:
+    """The memory that one batch at a time passes through.
+
+    Attributes:
+        transfers: Copies.
+    """
+
+    def __init__(self, signature: Signature, transfers: Transfers, *, channels_last: bool) -> None:
+        self.transfers = transfers
+        self._signature = signature
+        self._channels_last = channels_last
+        self._inputs = {spec.name: (_Memory(transfers.pinned), _Memory(transfers.room)) for spec in signature.inputs}
+        self._outputs = {spec.name: _Memory(transfers.pinned) for spec in signature.outputs}
+
+    def take_in(self, batch: TensorBatch, shapes: Sequence[Sequence[int]] | None) -> list[Tensor]:
+        """Copy the inputs to the device; see :meth:`Staging.run`. They are there once the transfers have joined."""
+        # The last batch may have failed before it waited for its outputs.
+        self.transfers.arrive()
+        tensors = []
+        for i, spec in enumerate(self._signature.inputs):
+            array = batch[spec.name]
+            shape = array.shape if shapes is None else shapes[i]
+            dtype = torch_dtype(array.dtype)
+            last = lies_channels_last(shape, self._channels_last)
+            pinned, room = self._inputs[spec.name]
+            host, _ = pinned.view(shape, dtype, channels_last=last)
+            target, is_new = room.view(shape, dtype, channels_last=last)
+            if is_new:
+                self.transfers.begin()
+            _fill(host.numpy(), array, spec.padding)
+            self.transfers.copy_in(target, host)
+            tensors.append(target)
         return tensors
 
-    def wait(self) -> None:
-        """Wait until the inputs are on the device, for who computes on another stream than torch's."""
-        self._transfers.arrive()
-
-    def give_out(self, outputs: Sequence[Tensor]) -> dict[str, Array]:
-        """Copy the outputs to the host; the arrays are the caller's own."""
+    def start_out(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Begin to copy the outputs to the host, and say where to."""
         specs = self._signature.outputs
         check_count(outputs, specs)
-        hosts: list[Tensor] = []
+        hosts = []
         for spec, output in zip(specs, outputs, strict=True):
             tensor = widened(output)
-            host = self._outputs[spec.name].view(tensor.shape, tensor.dtype)
-            self._transfers.copy_out(host, tensor)
+            host, _ = self._outputs[spec.name].view(tensor.shape, tensor.dtype)
+            self.transfers.copy_out(host, tensor)
             hosts.append(host)
-        self._transfers.leave()
-        return {spec.name: np.array(host.numpy()) for spec, host in zip(specs, hosts, strict=True)}
+        return hosts
 
-    def _room_for(self, array: Array) -> Tensor:
-        last = lies_channels_last(array.shape, self._channels_last)
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return self._transfers.empty(array.shape, torch_dtype(array.dtype), memory_format)
+    def finish_out(self, hosts: Sequence[Tensor]) -> dict[str, Array]:
+        """Wait for the outputs; the arrays are the caller's own."""
+        self.transfers.leave()
+        return {spec.name: np.array(host.numpy()) for spec, host in zip(self._signature.outputs, hosts, strict=True)}
 
 
-class _HostBuffer:
-    """Pinned memory that grows with what it has to hold."""
+class _Memory:
+    """Bytes, of the host or of the device, that become more when a batch needs more."""
 
-    def __init__(self, pinned: Callable[[int], Tensor]) -> None:
-        self._pinned = pinned
-        self._memory: Tensor | None = None
+    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+        self._allocate = allocate
+        self._bytes: Tensor | None = None
 
-    def view(self, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> Tensor:
-        """The beginning of the memory as a tensor."""
+    def view(self, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> tuple[Tensor, bool]:
+        """The beginning of them as a tensor, and whether they were allocated for it just now."""
         size = math.prod(shape) * dtype.itemsize
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # first, so that both need not be there at once
-            self._memory = self._pinned(size)
-        return shaped(self._memory, shape, dtype, channels_last=channels_last)
+        is_new = self._bytes is None or self._bytes.numel() < size
+        if is_new:
+            self._bytes = None  # first, so that both need not be there at once
+            self._bytes = self._allocate(size)
+        return shaped(self._bytes, shape, dtype, channels_last=channels_last), is_new
 
 
 def shaped(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> Tensor:
@@ -298,4 +256,4 @@ def _fill(target: Array, array: Array, padding: float | None) -> None:
 
 def build_exchange(signature: Signature, device: torch.device) -> Exchange:
     """The exchange of a device."""
-    return DirectExchange(signature) if device.type == "cpu" else Staging(signature, CudaTransfers(device))
+    return DirectExchange(signature) if device.type == "cpu" else Staging.on(device, signature)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 
 from handlers.errors import BackendError
 from handlers.tensors import Array, TensorBatch, TensorSpec
+from handlers.visible_gpus import VARIABLE
 
 
 def torch_device(name: str, gpu: int | None = None) -> torch.device:
@@ -19,7 +22,7 @@ def torch_device(name: str, gpu: int | None = None) -> torch.device:
         gpu: Which GPU, as torch numbers them; None for torch's current one. Nothing to a CPU.
 
     Returns:
-        The device; that of a GPU has an index.
+        The device; that of a GPU has an index. This process computes fp32 on GPUs without TF32 from then on.
 
     Raises:
         BackendError: If it is a GPU and there is none, or none of that number.
@@ -27,8 +30,9 @@ def torch_device(name: str, gpu: int | None = None) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     if not torch.cuda.is_available():
+        hidden = f" ({VARIABLE} is {os.environ[VARIABLE]})" if os.environ.get(VARIABLE) else ""
         raise BackendError(
-            "the artifact runs on a CUDA GPU, and torch finds none here; "
+            f"the artifact runs on a CUDA GPU, and torch finds none here{hidden}; "
             "export it with --device cpu, or serve it where there is one"
         )
     index = torch.cuda.current_device() if gpu is None else gpu
@@ -38,7 +42,20 @@ def torch_device(name: str, gpu: int | None = None) -> torch.device:
             f"this worker is to run on GPU {index}, and torch finds {count} here, numbered from 0; "
             "correct deviceIds in model-config.yaml, number_of_gpu in config.properties or CUDA_VISIBLE_DEVICES"
         )
+    compute_fp32_exactly()
     return torch.device(name, index)
+
+
+def compute_fp32_exactly() -> None:
+    """Let this process compute fp32 on GPUs without TF32.
+
+    By default convolutions round their inputs to 10 bits, which no gate of fp32 would pass.
+    """
+    with warnings.catch_warnings():
+        # Some releases ask for another way to say it, which is not to be mixed with this one; torch itself reads these.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def check_device(tensors: Iterable[torch.Tensor], device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,11 +57,18 @@ class TorchScriptBackend:
         """The device that it runs on."""
         return self._device.type
 
+    @property
+    def lanes(self) -> int:
+        """Batches under way at once."""
+        return self._exchange.lanes
+
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        with self._exchange.computing():
-            outputs = self._module(*self._exchange.take_in(batch))
-            return self._exchange.give_out((outputs,) if isinstance(outputs, torch.Tensor) else outputs)
+        return self._exchange.run(batch, self._compute)
+
+    def _compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        outputs = self._module(*tensors)
+        return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
 
     def free_memory(self) -> None:
         """Give back what torch keeps; see :class:`handlers.backend.Backend`."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,14 +223,35 @@ def _planned(bench: Bench, served: ServedModel, samples: Sequence[TensorBatch]) 
     """Samples in their order of arrival through the planner: what serving is held against."""
     served.measure_cost()
     chunks = [list(samples[start : start + IN_FLIGHT]) for start in range(0, len(samples), IN_FLIGHT)]
+    times = planned_seconds(bench, served, chunks)
+    return {
+        "in_flight": IN_FLIGHT,
+        "planned_samples_per_s": len(samples) / min(times.values()),
+        "planned_one_batch_under_way_samples_per_s": len(samples) / times["one"],
+        "lanes_against_one": times["one"] / times["lanes"],
+    }
 
-    def run() -> None:
-        for chunk in chunks:
-            for row in served.compute(chunk):
-                if isinstance(row, Exception):
-                    raise row
 
-    return {"in_flight": IN_FLIGHT, "planned_samples_per_s": len(samples) / bench.clock.seconds(run)}
+def planned_seconds(bench: Bench, served: ServedModel, chunks: Sequence[list[TensorBatch]]) -> dict[str, float]:
+    """How long samples take through the planner, chunk after chunk.
+
+    Returns:
+        With ``one`` batch under way at once, and with as many as the backend has ``lanes``, in a thread each.
+    """
+    with ThreadPoolExecutor(served.backend.lanes) as lanes, ThreadPoolExecutor(1) as one:
+
+        def through(pool: Executor) -> Callable[[], None]:
+            def run() -> None:
+                for chunk in chunks:
+                    batches = [[chunk[i] for i in indices] for indices in served.plan(chunk)]
+                    for rows in pool.map(served.run, batches):
+                        for row in rows:
+                            if isinstance(row, Exception):
+                                raise row
+
+            return run
+
+        return bench.clock.take_turns({"one": through(one), "lanes": through(lanes)})
 
 
 def _all(backend: Backend, batches: Sequence[TensorBatch]) -> Callable[[], None]:

@@ -13,34 +13,35 @@ def out_of_memory(requested="2.00 GiB"):
 
 
 class LateTransfers:
-    """Copies as late as a GPU may: in, when the computing stream waits for it; out, when the host does.
+    """Copies as late as a GPU may: in, when the computing stream waits for it; out, what was there, when the host does.
 
     Attributes:
         events: What was asked for, in order.
-        room: Bytes of the device; None for any number. A tensor that is larger raises.
+        capacity: Bytes of the device that are given out at once; None for any number. More raises.
     """
 
-    def __init__(self, room=None):
+    def __init__(self, capacity=None):
         self.events = []
-        self.room = room
+        self.capacity = capacity
         self._incoming = []
         self._outgoing = []
 
     @contextlib.contextmanager
     def on_device(self):
         self.events.append("enter")
-        yield
-        self.events.append("exit")
+        try:
+            yield
+        finally:
+            self.events.append("exit")
 
     def pinned(self, size):
         self.events.append(f"pinned {size}")
         return torch.full((size,), 0xEE, dtype=torch.uint8)
 
-    def empty(self, shape, dtype, memory_format):
-        tensor = torch.full(tuple(shape), 1, dtype=dtype).contiguous(memory_format=memory_format)
-        if self.room is not None and tensor.nbytes > self.room:
+    def room(self, size):
+        if self.capacity is not None and size > self.capacity:
             raise out_of_memory()
-        return tensor
+        return torch.full((size,), 1, dtype=torch.uint8)
 
     def arrive(self):
         self.events.append("arrive")
@@ -59,7 +60,7 @@ class LateTransfers:
 
     def copy_out(self, target, source):
         self.events.append("copy out")
-        self._outgoing.append((target, source))
+        self._outgoing.append((target, source.clone()))
 
     def leave(self):
         self.events.append("leave")
@@ -110,6 +111,7 @@ class FakeGpu:
         self.free_bytes = free
         self.reserved_bytes = reserved
         self.peak_bytes = 0
+        self.limits = []
 
     def take(self, size):
         """torch takes it."""
@@ -128,3 +130,6 @@ class FakeGpu:
 
     def forget_peak(self):
         self.peak_bytes = self.reserved_bytes
+
+    def limit(self, size):
+        self.limits.append(size)

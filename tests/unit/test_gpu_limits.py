@@ -55,7 +55,8 @@ def test_a_rehearsal_measures_and_ends_with_json() -> None:
     assert all(row["samples_per_s"] > 0 and row["share_of_floor"] > 0 for row in encoder["by_batch_size"])
     assert [row["batch"] for row in encoder["graphs_against_plain"]] == [1, 8, 32]
     assert 0 < encoder["distance_from_fp32_on_the_cpu"] < 0.1
-    assert encoder["planned_samples_per_s"] > 0
+    assert encoder["planned_samples_per_s"] >= encoder["planned_one_batch_under_way_samples_per_s"] > 0
+    assert encoder["lanes_against_one"] > 0
 
 
 def test_what_the_budget_does_not_allow_is_said(

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 import warnings
 import zipfile
 from types import SimpleNamespace
@@ -211,7 +212,7 @@ class TestEveryFormat:
         backend = f"handlers.{format}.{names[format]}Backend"
         monkeypatch.setattr(backend, lambda path, *rest, **options: given.append((path.name, options["gpu"])))
         signature = SIGNATURE.with_artifact(artifact(format, device="cuda"))
-        build_backend(signature, tmp_path, threads=1, gpu=3)
+        build_backend(signature, tmp_path, threads=1, gpu=3, gpu_memory_bytes=1 << 30)
         build_backend(signature, tmp_path, threads=1)
         assert given == [(FILES[format], 3), (FILES[format], None)]
 
@@ -348,6 +349,7 @@ class TestOnnx:
             "device_id": "3",
             "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
         }
         assert cuda_options(3) == options
         assert cuda_options(3, memory_bytes=1 << 30) == {**options, "gpu_mem_limit": "1073741824"}
@@ -388,19 +390,21 @@ class TestOnnx:
     def test_bound_inputs_and_outputs_give_the_same(self, built, staged):
         backend = load(built("onnx"), "onnx")
         transfers = LateTransfers()
-        backend._staging = Staging(SIGNATURE, transfers) if staged else None
+        backend._staging = Staging(SIGNATURE, [transfers]) if staged else None
         for size in [(1, 1), (3, 7), (2, 16), (1, 2)]:
             batch = {name: np.asfortranarray(array) for name, array in arrays(*size).items()}
             for array, name in zip(backend._run_bound(batch), NAMES[1], strict=True):
                 np.testing.assert_array_equal(array, backend.run(batch)[name])
         # It computes on another stream: everything has to be there before.
-        assert not staged or transfers.events[-3:] == ["join", "arrive", "exit"]
+        assert not staged or transfers.events[-4:] == ["copy in", "copy in", "arrive", "exit"]
+        assert backend.lanes == 1
 
     def test_bound_inputs_that_the_graph_has_no_use_for_are_left_out(self, built):
         unused = TensorSpec(name="unused", dtype="float32", shape=("batch",))
         signature = dataclasses.replace(SIGNATURE, inputs=(unused, *SIGNATURE.inputs))
         backend = load(built("onnx"), "onnx", signature=signature)
-        backend._staging = Staging(signature, LateTransfers())
+        backend._staging = Staging(signature, [LateTransfers(), LateTransfers()])
+        assert backend.lanes == 2
         batch = {**arrays(), "unused": np.zeros(2, np.float32)}
         np.testing.assert_allclose(backend._run_bound(batch)[0], expected(batch)["pooled"], rtol=1e-4, atol=1e-5)
 
@@ -504,11 +508,11 @@ class TestPt2:
         monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
         monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
         monkeypatch.setattr(
-            "handlers.pt2.build_exchange", lambda signature, device: Staging(signature, LateTransfers())
+            "handlers.pt2.build_exchange", lambda signature, device: Staging(signature, [LateTransfers()])
         )
         path = tmp_path / "model.pt2"
         backend = Pt2Backend(path, SIGNATURE, device="cuda", threads=1, gpu=gpu)
-        assert given == [(str(path), "model", False, 1, gpu)]
+        assert given == [(str(path), "model", False, 2, gpu)]
         assert (backend.device, backend.holds_lock) == ("cuda", False)
         # Its outputs lie on the CPU here.
         with pytest.raises(BackendError, match=f"lie on cpu instead of cuda:{gpu}"):
@@ -594,7 +598,7 @@ class TestEagerOnGpu:
     def recorder(self, monkeypatch):
         recorder = FakeRecorder()
         monkeypatch.setattr("handlers.eager.torch_device", lambda name, gpu: torch.device("cpu"))
-        monkeypatch.setattr("handlers.eager.CudaTransfers", lambda device: LateTransfers())
+        monkeypatch.setattr("handlers.staging.CudaTransfers", lambda device: LateTransfers())
         monkeypatch.setattr("handlers.eager.CudaRecorder", lambda device, *, tune: recorder)
         return recorder
 
@@ -610,6 +614,26 @@ class TestEagerOnGpu:
         assert list(outputs) == NAMES[1]
         for name, right in expected(arrays(3, 5)).items():
             np.testing.assert_allclose(outputs[name], right, rtol=1e-4, atol=1e-5)
+
+    def test_two_batches_may_be_under_way(self, built, recorder):
+        backend = self.load(built("eager"), max_batch=4)
+        assert backend.lanes == 2
+        wrong = []
+
+        def ask(samples, length):
+            for _ in range(10):
+                batch = arrays(samples, length)
+                if not np.allclose(backend.run(batch)["pooled"], expected(batch)["pooled"], rtol=1e-4, atol=1e-5):
+                    wrong.append((samples, length))
+
+        # Two with the same graph, one with another, one without.
+        threads = [threading.Thread(target=ask, args=shape) for shape in [(3, 5), (4, 3), (1, 9), (5, 5)]]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert wrong == []
+        assert recorder.replays == 30
 
     def test_larger_batches_run_plainly(self, built, recorder):
         outputs = self.load(built("eager"), max_batch=4).run(arrays(5, 5))
@@ -655,6 +679,36 @@ class TestTorchDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    @pytest.fixture(autouse=True)
+    def products(self):
+        """What is said of fp32, as it was before; torch may warn of how it is said."""
+        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            before = [own.allow_tf32 for own in products]
+            yield products
+            for own, value in zip(products, before, strict=True):
+                own.allow_tf32 = value
+
+    def test_fp32_is_computed_as_such_on_a_gpu(self, products):
+        for own in products:
+            own.allow_tf32 = True
+        torch_device("cpu")
+        assert all(own.allow_tf32 for own in products)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch_device("cuda")
+        assert not any(own.allow_tf32 for own in products)
+
+    def test_without_a_gpu_the_variable_that_hides_them_is_named(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        with pytest.raises(BackendError, match=r"torch finds none here \(CUDA_VISIBLE_DEVICES is 7\); export it with"):
+            torch_device("cuda")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        with pytest.raises(BackendError, match="torch finds none here; export it with"):
+            torch_device("cuda")
 
     @pytest.mark.parametrize(("gpu", "index"), [(0, 0), (1, 1), (None, 1)])
     def test_a_gpu_has_its_number(self, gpu, index):

@@ -425,6 +425,112 @@ def test_closing_it_in_the_middle_of_a_request_and_of_a_batch_ends_it(run, model
     assert not worker.thread.is_alive()
 
 
+class TestLanes:
+    """Two threads that compute, as for a GPU."""
+
+    @pytest.fixture
+    def gates(self, backend):
+        """Lets a batch of a length end; until then it computes."""
+        run, gates, entered = backend.run, {5: threading.Event(), 9: threading.Event()}, set()
+
+        def gated(batch):
+            length = batch["x"].shape[1]
+            entered.add(length)
+            assert gates.get(length) is None or gates[length].wait(DEADLINE_S)
+            return run(batch)
+
+        backend.run = gated
+        backend.entered_lengths = entered
+        return gates
+
+    def until(self, condition):
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    def test_a_second_batch_begins_and_ends_while_the_first_computes(self, run, model, backend, gates):
+        worker = run(model, lanes=2)
+        worker.send(of_length("slow", 9))
+        self.until(lambda: 9 in backend.entered_lengths)
+        worker.send(of_length("quick", 3))
+        assert worker.answers(1) == [("quick", 200, tripled(3))]
+        gates[9].set()
+        assert worker.answers(1) == [("slow", 200, tripled(9))]
+
+    def test_batches_of_one_plan_are_shared(self, run, backend, gates):
+        model = ServedModel(TRIPLE, backend, max_batch=1, identity={"model": "m", "version": "1"})
+        worker = run(model, lanes=2)
+        worker.send(of_length("five", 5), of_length("nine", 9), of_length("two", 2))
+        self.until(lambda: {5, 9} <= backend.entered_lengths)
+        assert model.busy_since is not None
+        gates[9].set()
+        gates[5].set()
+        assert {id: document for id, _, document in worker.answers(3)} == {
+            "two": tripled(2),
+            "five": tripled(5),
+            "nine": tripled(9),
+        }
+        self.until(lambda: model.busy_since is None)
+
+    def test_a_third_waits(self, run, model, backend, gates):
+        worker = run(model, lanes=2)
+        for length in (5, 9):
+            worker.send(of_length(str(length), length))
+            self.until(lambda length=length: length in backend.entered_lengths)
+        worker.send(of_length("3", 3))
+        worker.wait_until_held(1)
+        assert 3 not in backend.entered_lengths
+        gates[9].set()
+        assert {id for id, _, _ in worker.answers(2)} == {"9", "3"}
+        gates[5].set()
+        assert worker.answers(1)[0][0] == "5"
+
+    def test_each_of_many_requests_gets_its_own_answer_once(self, run, model):
+        worker = run(model, lanes=2)
+        generator = random.Random(3)
+        lengths = [generator.randint(1, 64) for _ in range(300)]
+        for i, length in enumerate(lengths):
+            worker.send(of_length(f"{i}-{length}", length))
+        found = worker.answers(300)
+        assert sorted(int(id.split("-")[0]) for id, _, _ in found) == list(range(300))
+        assert all(document == tripled(int(id.split("-")[1])) for id, _, document in found)
+
+    def test_each_thread_that_computes_has_warmed_up(self, run, model, monkeypatch):
+        warmed = []
+        monkeypatch.setattr(model, "warm_up", lambda: warmed.append(threading.current_thread().name))
+        worker = run(model, lanes=2)
+        worker.send(of_length("1", 1))
+        worker.answers(1)
+        # The one that runs the worker has done so when the model was loaded.
+        self.until(lambda: warmed == ["torchport_compute_beside"])
+
+    def test_late_requests_are_shed_beside_others(self, run, model):
+        worker = run(model, lanes=2)
+        model._cost = CostModel(call=0.2)
+        requests = [
+            of_length(str(i), 1 + i % 9, **({"X-Request-Timeout-Ms": "100"} if i % 3 == 0 else {})) for i in range(60)
+        ]
+        worker.send(*requests)
+        found = {int(id): status for id, status, _ in worker.answers(60)}
+        assert {i for i, status in found.items() if status == 503} == set(range(0, 60, 3))
+        assert set(found.values()) == {200, 503}
+
+    def test_what_computes_is_waited_for_when_the_connection_closes(self, run, model, backend, gates):
+        worker = run(model, lanes=2)
+        for length in (5, 9):
+            worker.send(of_length(str(length), length))
+            self.until(lambda length=length: length in backend.entered_lengths)
+        closing = threading.Thread(target=worker.close)
+        closing.start()
+        gates[9].set()
+        time.sleep(0.05)
+        assert worker.thread.is_alive()
+        gates[5].set()
+        closing.join(DEADLINE_S)
+        assert not worker.thread.is_alive()
+
+
 class TestServeContinuously:
     @pytest.fixture
     def stock(self, monkeypatch):

@@ -53,7 +53,7 @@ def named(module, signature):
 
 
 def graphs(module=None, signature=TEXT, *, recorder=None, max_batch=6, **options):
-    staging = Staging(signature, LateTransfers(), channels_last=options.get("channels_last", False))
+    staging = Staging(signature, [LateTransfers()], channels_last=options.get("channels_last", False))
     recorder = recorder or FakeRecorder()
     found = CudaGraphs(
         named(module or Tokens(), signature), signature, staging, recorder, max_batch=max_batch, **options
@@ -67,13 +67,6 @@ def text(samples, length):
         "ids": random.integers(1, 10, (samples, length)),
         "weights": random.random((samples, length), dtype=np.float32),
     }
-
-
-def run(found, staging, batch):
-    """Arrays, or None where no graph was replayed."""
-    with staging.computing():
-        outputs = found.compute(batch)
-        return None if outputs is None else staging.give_out(outputs)
 
 
 @pytest.fixture(autouse=True)
@@ -141,9 +134,9 @@ class TestCompute:
     @pytest.mark.parametrize("samples", range(1, 7))
     @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 39, 40])
     def test_a_graph_gives_what_the_module_gives(self, samples, length):
-        found, staging, recorder = graphs()
+        found, _, recorder = graphs()
         batch = text(samples, length)
-        outputs = run(found, staging, batch)
+        outputs = found.run(batch)
         assert recorder.replays == 1
         with torch.inference_mode():
             pooled, tokens = Tokens()(*(torch.from_numpy(array) for array in batch.values()))
@@ -153,21 +146,23 @@ class TestCompute:
     def test_the_smallest_bucket_is_taken(self, monkeypatch):
         found, staging, _ = graphs()
         taken = []
-        take_in = staging.take_in
+        run = staging.run
         monkeypatch.setattr(
-            staging, "take_in", lambda batch, into: (taken.append(tuple(into[0].shape)), take_in(batch, into=into))
+            staging,
+            "run",
+            lambda batch, compute, *, shapes: taken.append(tuple(shapes[0])) or run(batch, compute, shapes=shapes),
         )
         for samples, length in [(1, 1), (3, 16), (2, 17), (5, 40), (4, 33)]:
-            run(found, staging, text(samples, length))
+            found.run(text(samples, length))
         assert taken == [(1, 16), (4, 16), (2, 32), (6, 40), (4, 40)]
 
     def test_batches_in_any_order_do_not_disturb_each_other(self):
-        found, staging, _ = graphs()
+        found, _, _ = graphs()
         shapes = [(6, 40), (1, 3), (2, 20), (6, 40), (5, 11), (1, 40)]
-        outputs = [run(found, staging, text(*shape))["pooled"] for shape in shapes]
+        outputs = [found.run(text(*shape))["pooled"] for shape in shapes]
         for shape, pooled in zip(shapes, outputs, strict=True):
-            alone, other, _ = graphs()
-            np.testing.assert_array_equal(pooled, run(alone, other, text(*shape))["pooled"])
+            alone, _, _ = graphs()
+            np.testing.assert_array_equal(pooled, alone.run(text(*shape))["pooled"])
 
     def test_inputs_of_all_graphs_share_their_memory(self):
         found, _, recorder = graphs()
@@ -175,10 +170,10 @@ class TestCompute:
         assert len({graph.inputs[0].data_ptr() for graph in found._graphs}) == 1
 
     def test_what_fits_no_bucket_runs_without_and_the_log_says_so_once(self, log):
-        found, staging, recorder = graphs()
-        assert run(found, staging, text(7, 3)) is None
-        assert run(found, staging, text(1, 41)) is None
-        assert run(found, staging, text(6, 40)) is not None
+        found, _, recorder = graphs()
+        assert found.run(text(7, 3)) is None
+        assert found.run(text(1, 41)) is None
+        assert found.run(text(6, 40)) is not None
         assert recorder.replays == 1
         assert [record.getMessage() for record in log.records] == [
             "batches that no CUDA graph was captured for run without one, such as ids [7, 3], weights [7, 3]"
@@ -195,14 +190,14 @@ class TestCompute:
         ids=["another length", "fewer samples", "another dtype", "another axis"],
     )
     def test_batches_unlike_the_signature_are_left_to_the_module(self, change):
-        found, staging, _ = graphs()
-        assert run(found, staging, change(text(2, 4))) is None
+        found, _, _ = graphs()
+        assert found.run(change(text(2, 4))) is None
 
     def test_without_padding_only_exact_lengths_are_replayed_and_batches_still_filled_up(self):
         inputs = tuple(dataclasses.replace(spec, padding=None) for spec in TEXT.inputs)
-        found, staging, recorder = graphs(signature=dataclasses.replace(TEXT, inputs=inputs))
-        assert run(found, staging, text(3, 39)) is None
-        outputs = run(found, staging, text(3, 40))
+        found, _, recorder = graphs(signature=dataclasses.replace(TEXT, inputs=inputs))
+        assert found.run(text(3, 39)) is None
+        outputs = found.run(text(3, 40))
         assert (recorder.replays, outputs["tokens"].shape) == (1, (3, 40, 4))
 
     def test_pictures_have_their_channels_last(self):
@@ -218,9 +213,9 @@ class TestCompute:
                 seen.append(x.is_contiguous(memory_format=torch.channels_last))
                 return self.layer(x)
 
-        found, staging, _ = graphs(Convolution(), PICTURE, channels_last=True)
+        found, _, _ = graphs(Convolution(), PICTURE, channels_last=True)
         batch = {"x": np.random.default_rng(0).random((3, 3, 4, 5), dtype=np.float32)}
-        outputs = run(found, staging, batch)
+        outputs = found.run(batch)
         assert all(seen)
         with torch.inference_mode():
             expected = Convolution()(torch.from_numpy(batch["x"])).numpy()
@@ -236,8 +231,8 @@ class TestCompute:
             inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", 3)),),
             outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", "count")),),
         )
-        found, staging, _ = graphs(Pairs(), signature)
-        assert run(found, staging, {"x": np.ones((5, 3), np.float32)})["y"].shape == (5, 6)
+        found, _, _ = graphs(Pairs(), signature)
+        assert found.run({"x": np.ones((5, 3), np.float32)})["y"].shape == (5, 6)
 
 
 class TestCaptureThatFails:
@@ -248,11 +243,11 @@ class TestCaptureThatFails:
         ids=["values decide", "no memory"],
     )
     def test_the_model_runs_without_graphs_and_one_line_says_so(self, log, error, at):
-        found, staging, recorder = graphs(recorder=FakeRecorder(error, at))
+        found, _, recorder = graphs(recorder=FakeRecorder(error, at))
         assert recorder.captures == at
         assert found.captured == []
-        assert run(found, staging, text(2, 3)) is None
-        assert run(found, staging, text(7, 3)) is None
+        assert found.run(text(2, 3)) is None
+        assert found.run(text(7, 3)) is None
         (record,) = log.records
         assert record.getMessage().startswith("the model runs without CUDA graphs, since it cannot be captured: CUDA")
         assert "\n" not in record.getMessage()
@@ -279,10 +274,10 @@ class TestCaptureThatFails:
 
     def test_captures_end_when_they_take_long(self, log):
         times = iter([0.0, 1.0, 29.0, 31.0])
-        found, staging, recorder = graphs(clock=lambda: next(times))
+        found, _, recorder = graphs(clock=lambda: next(times))
         assert recorder.captures == 2
         assert [bucket.positions for bucket in found.captured] == [192, 240]
-        assert run(found, staging, text(6, 40)) is not None
+        assert found.run(text(6, 40)) is not None
         assert [record.getMessage() for record in log.records] == [
             "CUDA graphs took long to capture: the 10 smallest of 12 shapes of batches run without"
         ]

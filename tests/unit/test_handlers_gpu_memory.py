@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,35 @@ class TestWatch:
         with pytest.raises(LoadError, match=r"needs 2\.0 GiB for its weights"), watch.explaining("its weights"):
             raise BackendError("model.pt is not a TorchScript file") from out_of_memory()
 
+    def test_a_limit_is_torchs_as_well_and_counts_where_it_is_less_than_what_is_free(self):
+        gpu = FakeGpu(free=10 * GIB)
+        watch = MemoryWatch(gpu, 4 * GIB)
+        assert gpu.limits == [4 * GIB]
+        gpu.take(3 * GIB)
+        watch.check("batches of 8")
+        gpu.take(GIB)
+        with pytest.raises(LoadError) as caught:
+            watch.check("batches of 8")
+        assert str(caught.value) == (
+            "the model needs 4.2 GiB for batches of 8, and the worker may take 4.0 GiB of GPU 1; "
+            "set a lower max_batch or a higher gpu_memory_mib"
+        )
+
+    def test_less_free_than_the_limit_is_told_as_such(self):
+        gpu = FakeGpu(free=2 * GIB)
+        watch = MemoryWatch(gpu, 4 * GIB)
+        gpu.take(2 * GIB)
+        with pytest.raises(LoadError, match=r"GPU 1 has 2\.0 GiB free; set a lower max_batch, or serve it on another"):
+            watch.check("batches of 8")
+
+    def test_the_gpu_has_the_name_that_it_has_outside(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+        gpu = FakeGpu(0, free=GIB)
+        watch = MemoryWatch(gpu)
+        gpu.take(GIB)
+        with pytest.raises(LoadError, match="and GPU 6 has"):
+            watch.check("batches of 8")
+
     def test_other_errors_pass(self):
         with pytest.raises(BackendError, match=r"^corrupt$"), MemoryWatch(FakeGpu()).explaining("its weights"):
             raise BackendError("corrupt")
@@ -191,6 +221,15 @@ class TestWhatIsWatched:
     def test_figures_are_torchs(self, cuda):
         gpu = CudaGpu(1)
         assert (gpu.free(), gpu.reserved(), gpu.peak()) == (7 * GIB, 3 * GIB, 4 * GIB)
+
+    @pytest.mark.parametrize(("limit", "share"), [(2, 0.25), (8, 1.0), (80, 1.0)])
+    def test_torch_takes_a_limit_as_a_share(self, cuda, monkeypatch, limit, share):
+        given = []
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=8 * GIB))
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *pair: given.append(pair))
+        watch_memory(self.artifact("cuda"), 0, limit * GIB)
+        watch_memory(self.artifact("cuda"), 0)
+        assert given == [(share, 0)]
 
 
 class TestCeilings:

@@ -98,6 +98,22 @@ def test_a_runtime_that_keeps_other_threads_waiting_gets_one(model):
     assert model.wants_one_thread() is False
 
 
+def test_a_gpu_leaves_the_cpu_to_other_threads(model):
+    model._cost = CostModel(call=0.0001)
+    assert model.wants_one_thread() is True
+    model.backend.device = "cuda"
+    assert model.wants_one_thread() is False
+
+
+def test_the_oldest_of_the_batches_that_compute_tells_since_when(model, brightness_backend):
+    assert model.busy_since is None
+    model._began.update({1: 5.0, 2: 3.0})
+    assert model.busy_since == 3.0
+    model._began.clear()
+    model.compute([{"image": np.zeros((3, 4, 4), np.float32)}])
+    assert model.busy_since is None
+
+
 def test_a_model_of_unknown_cost_gets_several_threads(model):
     assert model.wants_one_thread() is False
 

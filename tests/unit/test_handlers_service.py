@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 import socket
 import sys
@@ -227,23 +228,81 @@ class TestInitialize:
         entry.initialize(FakeContext(extracted, batch_size=256, config={"asyncCommunication": True}))
         assert entry._model._max_batch == DEFAULT_MAX_BATCH
 
-    @pytest.mark.parametrize(
-        ("given", "gpu"),
-        [({}, None), ({"gpu_id": None}, None), ({"gpu_id": -1}, None), ({"gpu_id": 0}, 0), ({"gpu_id": 3}, 3)],
-    )
-    def test_the_model_goes_where_torchserve_says(self, extracted, monkeypatch, given, gpu):
-        loaded = []
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """The options that models were loaded with; they are loaded for the CPU."""
+        found = []
         load = ServedModel.load
 
         def spy(folder, **options):
-            loaded.append(options["gpu"])
-            return load(folder, **{**options, "gpu": None})
+            found.append(options)
+            return load(folder, **{**options, "gpu": None, "gpu_memory_bytes": None, "jpeg_on_gpu": False})
 
         monkeypatch.setattr("handlers.service.ServedModel", SimpleNamespace(load=spy))
+        return found
+
+    def start(self, extracted, **properties):
         context = FakeContext(extracted)
-        context.system_properties.update(given)
+        context.system_properties.update(properties)
         Entry().initialize(context)
-        assert loaded == [gpu]
+
+    @pytest.mark.parametrize(
+        ("given", "gpu", "visible"),
+        [
+            ({}, None, None),
+            ({"gpu_id": None}, None, None),
+            ({"gpu_id": -1}, None, None),
+            ({"gpu_id": 0}, 0, "0"),
+            ({"gpu_id": 3}, 0, "3"),
+        ],
+    )
+    def test_a_worker_sees_the_gpu_that_torchserve_gave_it(self, extracted, monkeypatch, loaded, given, gpu, visible):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "before")  # so that it is as it was afterwards
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        self.start(extracted, **given)
+        assert [options["gpu"] for options in loaded] == [gpu]
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+    def test_outside_of_torchserve_the_process_goes_on_seeing_all(self, extracted, monkeypatch, loaded):
+        monkeypatch.setattr("handlers.service._in_worker_process", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+        self.start(extracted, gpu_id=1)
+        assert [options["gpu"] for options in loaded] == [1]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+    def test_a_gpu_that_is_hidden_is_refused(self, extracted, monkeypatch, loaded):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+        with pytest.raises(LoadError, match="run on GPU 2, and CUDA_VISIBLE_DEVICES shows 2, numbered from 0"):
+            self.start(extracted, gpu_id=2)
+        assert loaded == []
+
+    @pytest.mark.parametrize(("setting", "size"), [("0", None), ("512", 512 << 20)])
+    def test_memory_of_the_gpu_may_be_limited(self, extracted, monkeypatch, loaded, setting, size):
+        monkeypatch.setenv("TORCHPORT_GPU_MEMORY_MIB", setting)
+        self.start(extracted)
+        assert [options["gpu_memory_bytes"] for options in loaded] == [size]
+
+    @pytest.mark.parametrize("wanted", [False, True])
+    def test_jpeg_files_may_be_decoded_on_the_gpu(self, extracted, monkeypatch, loaded, wanted):
+        monkeypatch.setenv("TORCHPORT_JPEG_ON_GPU", str(int(wanted)))
+        self.start(extracted)
+        assert [options["jpeg_on_gpu"] for options in loaded] == [wanted]
+
+    @pytest.mark.parametrize(
+        ("settings", "of_backend", "lanes"),
+        [({}, 1, 1), ({}, 2, 2), ({"lanes": 1}, 2, 1), ({"lanes": 2}, 1, 1), ({"computing": 1}, 2, 1)],
+    )
+    def test_as_many_threads_compute_as_the_backend_has_lanes(
+        self, extracted, monkeypatch, changed, settings, of_backend, lanes
+    ):
+        given = []
+        monkeypatch.setattr("handlers.torchscript.TorchScriptBackend.lanes", of_backend)
+        monkeypatch.setattr(
+            "handlers.service.ContinuousWorker", lambda *arguments, **options: given.append(options["lanes"])
+        )
+        Entry().initialize(FakeContext(extracted, config={"torchport": settings}))
+        dict(changed)["loop"](None)
+        assert given == [lanes]
 
     @pytest.mark.parametrize("in_flight", [True, False])
     def test_a_setting_is_the_largest_batch_either_way(self, extracted, in_flight):

@@ -13,12 +13,15 @@ def read(section, **environment):
 
 @pytest.mark.parametrize("config", [None, {}, {"minWorkers": 2}, {"torchport": None}, {"torchport": {}}])
 def test_defaults_without_a_section(config):
-    assert WorkerSettings.read(config, {}) == WorkerSettings(threads=1, computing=0, max_batch=0, decoding=0)
+    assert WorkerSettings.read(config, {}) == WorkerSettings(
+        threads=1, computing=0, max_batch=0, decoding=0, lanes=0, gpu_memory_mib=0, jpeg_on_gpu=0
+    )
 
 
 def test_the_file_is_read():
     section = {"threads": 3, "computing": 2, "max_batch": 64, "decoding": 5}
-    assert read(section) == WorkerSettings(threads=3, computing=2, max_batch=64, decoding=5)
+    section |= {"lanes": 1, "gpu_memory_mib": 9, "jpeg_on_gpu": 1}
+    assert read(section) == WorkerSettings(**section)
 
 
 def test_the_environment_replaces_what_it_names_and_nothing_else():
@@ -27,6 +30,9 @@ def test_the_environment_replaces_what_it_names_and_nothing_else():
     assert read(section, TORCHPORT_COMPUTING="0") == WorkerSettings(threads=3, computing=0, max_batch=64)
     assert read(None, TORCHPORT_MAX_BATCH="8") == WorkerSettings(max_batch=8)
     assert read(None, TORCHPORT_DECODING="2") == WorkerSettings(decoding=2)
+    assert read(None, TORCHPORT_LANES="1", TORCHPORT_GPU_MEMORY_MIB="8000") == WorkerSettings(
+        lanes=1, gpu_memory_mib=8000
+    )
 
 
 def test_an_empty_variable_is_none():
@@ -39,7 +45,15 @@ def test_variables_of_others_are_ignored():
 
 @pytest.mark.parametrize(
     ("name", "least", "most"),
-    [("threads", 1, 1024), ("computing", 0, 8), ("max_batch", 0, 65536), ("decoding", 0, 1024)],
+    [
+        ("threads", 1, 1024),
+        ("computing", 0, 8),
+        ("max_batch", 0, 65536),
+        ("decoding", 0, 1024),
+        ("lanes", 0, 2),
+        ("gpu_memory_mib", 0, 1 << 24),
+        ("jpeg_on_gpu", 0, 1),
+    ],
 )
 def test_bounds_are_included(name, least, most):
     variable = f"TORCHPORT_{name.upper()}"
