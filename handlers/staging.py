@@ -207,11 +207,13 @@ class _Memory:
     def view(self, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> tuple[Tensor, bool]:
         """The beginning of them as a tensor, and whether they were allocated for it just now."""
         size = math.prod(shape) * dtype.itemsize
-        is_new = self._bytes is None or self._bytes.numel() < size
-        if is_new:
-            self._bytes = None  # first, so that both need not be there at once
-            self._bytes = self._allocate(size)
-        return shaped(self._bytes, shape, dtype, channels_last=channels_last), is_new
+        memory = self._bytes
+        is_new = False
+        if memory is None or memory.numel() < size:
+            is_new = True
+            self._bytes = memory = None  # first, so that both need not be there at once
+            self._bytes = memory = self._allocate(size)
+        return shaped(memory, shape, dtype, channels_last=channels_last), is_new
 
 
 def shaped(memory: Tensor, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> Tensor:

@@ -618,16 +618,16 @@ class TestEagerOnGpu:
     def test_two_batches_may_be_under_way(self, built, recorder):
         backend = self.load(built("eager"), max_batch=4)
         assert backend.lanes == 2
+        # Two with the same graph, one with another, one without.
+        batches = [arrays(*shape) for shape in [(3, 5), (4, 3), (1, 9), (5, 5)]]
         wrong = []
 
-        def ask(samples, length):
+        def ask(batch, right):
             for _ in range(10):
-                batch = arrays(samples, length)
-                if not np.allclose(backend.run(batch)["pooled"], expected(batch)["pooled"], rtol=1e-4, atol=1e-5):
-                    wrong.append((samples, length))
+                if not np.allclose(backend.run(batch)["pooled"], right, rtol=1e-4, atol=1e-5):
+                    wrong.append(right.shape)
 
-        # Two with the same graph, one with another, one without.
-        threads = [threading.Thread(target=ask, args=shape) for shape in [(3, 5), (4, 3), (1, 9), (5, 5)]]
+        threads = [threading.Thread(target=ask, args=(batch, expected(batch)["pooled"])) for batch in batches]
         for thread in threads:
             thread.start()
         for thread in threads:

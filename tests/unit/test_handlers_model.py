@@ -457,16 +457,20 @@ class TestLoadAndReplay:
 
         monkeypatch.setattr("handlers.model.build_backend", build)
         ServedModel.load(extracted, threads=1, max_batch=5, gpu=3)
-        assert given == {"threads": 1, "gpu": 3, "max_batch": 5}
+        assert given == {"threads": 1, "gpu": 3, "gpu_memory_bytes": None, "max_batch": 5}
 
     def test_weights_that_the_gpu_does_not_hold_are_told_with_a_figure(self, extracted, monkeypatch):
         def fail(*arguments, **options):
             raise BackendError("model.pt is not a TorchScript file that torch loads") from out_of_memory()
 
         monkeypatch.setattr("handlers.model.build_backend", fail)
-        monkeypatch.setattr("handlers.model.watch_memory", lambda artifact, gpu: MemoryWatch(FakeGpu(gpu)))
+        monkeypatch.setattr(
+            "handlers.model.watch_memory", lambda artifact, gpu, *limit: MemoryWatch(FakeGpu(gpu), *limit)
+        )
         with pytest.raises(LoadError, match=r"the model needs 2\.0 GiB for its weights, and GPU 3 has 10\.0 GiB free"):
             ServedModel.load(extracted, threads=1, gpu=3)
+        with pytest.raises(LoadError, match=r"for its weights, and the worker may take 1\.0 GiB of GPU 3"):
+            ServedModel.load(extracted, threads=1, gpu=3, gpu_memory_bytes=1 << 30)
 
     def change(self, folder, change):
         path = folder / "golden/expected.json"
