@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from handlers.backlog import Backlog
 from handlers.decoder import Decoded
 from handlers.errors import OverloadedError, RequestError
 from handlers.frames import Frame, FrameReader, Reply
@@ -63,7 +64,8 @@ class _Held:
     Attributes:
         frame: As it came.
         decoded: Its samples.
-        deadline: On the monotonic clock; infinite when the client named none.
+        arrived: On the monotonic clock.
+        deadline: On the same; infinite when the client named none.
         rows: One a sample, as far as they are computed.
         missing: Samples that are not computed yet.
         size: Bytes that its samples take.
@@ -71,6 +73,7 @@ class _Held:
 
     frame: Frame
     decoded: Decoded
+    arrived: float
     deadline: float
     rows: list[Row | None] = field(default_factory=list)
     missing: int = 0
@@ -116,8 +119,8 @@ class ContinuousWorker:
         self._lanes = lanes
         self._arrived = threading.Condition()
         self._waiting: deque[_Held] = deque()
-        # Batches of the last plan that no thread has taken yet.
-        self._planned: deque[_Batch] = deque()
+        # What the threads that compute have taken over of it.
+        self._backlog: Backlog[tuple[_Held, int]] = Backlog(model.plan_in_turn)
         self._planning = threading.Lock()
         self._finished = threading.Condition()
         self._computed: deque[_Computed | tuple[Frame, Answer]] = deque()
@@ -211,7 +214,7 @@ class ContinuousWorker:
         # Without its body, which the samples were made of.
         kept = Frame(frame.id, {}, dict.fromkeys(frame.fields, b""))
         deadline = _deadline(frame, arrived)
-        held = _Held(kept, decoded, deadline, rows=[None] * count, missing=count, size=taken)
+        held = _Held(kept, decoded, arrived, deadline, rows=[None] * count, missing=count, size=taken)
         with self._arrived:
             self._waiting.append(held)
             self._arrived.notify()
@@ -223,8 +226,7 @@ class ContinuousWorker:
             return defect("request_failed", "The server failed to read this request.", error)
 
     def _compute_beside(self) -> None:
-        # Libraries of CUDA keep what they prepare for a shape, and handles, for the thread that called them.
-        self._model.warm_up()
+        self._model.warm_up_beside()
         self._compute()
 
     def _compute(self) -> None:
@@ -234,27 +236,26 @@ class ContinuousWorker:
             del batch  # not until the next request comes
 
     def _next_batch(self) -> _Batch | None:
-        """One that no other thread has; a new plan is made of all that has arrived by then."""
+        """One that no other thread has; all that has arrived by then counts."""
         with self._planning:
-            if not self._planned:
-                with self._arrived:
-                    while not self._waiting:
-                        if self._closed:
-                            return None
-                        self._arrived.wait()
-                    round_ = self._next_round()
-                self._planned.extend(self._plan(round_))
-            return self._planned.popleft()
+            with self._arrived:
+                while not (self._waiting or self._backlog):
+                    if self._closed:
+                        return None
+                    self._arrived.wait()
+                arrived = list(self._waiting)
+                self._waiting.clear()
+            for held in arrived:
+                for i, sample in enumerate(held.decoded.samples):
+                    self._backlog.add((held, i), sample, held.arrived)
+            return self._backlog.take(time.monotonic())
 
     def _compute_round(self) -> None:
-        """Plan over what has arrived, and run batch after batch."""
-        for batch in self._plan(self._next_round()):
-            self._run(*batch)
-
-    def _plan(self, round_: list[_Held]) -> list[_Batch]:
-        places = [(held, i) for held in round_ for i in range(len(held.decoded.samples))]
+        """Plan over what has arrived, and run batch after batch: what comes meanwhile is not read before."""
+        places = [(held, i) for held in self._next_round() for i in range(len(held.decoded.samples))]
         samples = [held.decoded.samples[i] for held, i in places]
-        return [([places[i] for i in indices], [samples[i] for i in indices]) for indices in self._model.plan(samples)]
+        for indices in self._model.plan(samples):
+            self._run([places[i] for i in indices], [samples[i] for i in indices])
 
     def _next_round(self) -> list[_Held]:
         """The oldest requests, as many as can be planned well; what comes later waits for no more than these."""
@@ -273,7 +274,7 @@ class ContinuousWorker:
             if not samples:
                 return
         rows = self._model.run(samples)
-        if len(places) <= _MOST_ANSWERED_AT_ONCE and not (self._waiting or self._planned or self._computed):
+        if len(places) <= _MOST_ANSWERED_AT_ONCE and not (self._waiting or self._backlog or self._computed):
             # There is nothing else to compute: the other thread would have to wake up first.
             self._send([(places, rows)])
         else:

@@ -24,12 +24,12 @@ from handlers.backend import Backend, build_backend
 from handlers.batching import split, stack
 from handlers.cost import CostModel, measure_cost
 from handlers.decoder import Decoded, build_decoder
-from handlers.errors import GoldenError, InferenceError, LoadError, RequestError, SignatureError
+from handlers.errors import BackendError, GoldenError, InferenceError, LoadError, RequestError, SignatureError
 from handlers.golden import GoldenSet
 from handlers.gpu_memory import BatchCeilings, MemoryWatch, is_out_of_memory, let_go, watch_memory
 from handlers.jpeg_batches import JpegBatches, build_jpeg_batches
 from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
-from handlers.planner import padding_share, plan, positions
+from handlers.planner import in_turn, padding_share, plan, positions
 from handlers.preemption import interrupt_nobody
 from handlers.request import Part
 from handlers.signature import Signature
@@ -184,6 +184,17 @@ class ServedModel:
             warm_up(self.backend, self.signature, self._max_batch)
         self._memory.check(what)
 
+    def warm_up_beside(self) -> None:
+        """Run the same in another thread that will compute: CUDA's libraries keep plans and handles for each thread.
+
+        Nothing that fails here keeps the worker from serving: it was warmed up before, and batches that the memory does
+        not hold are halved.
+        """
+        try:
+            warm_up(self.backend, self.signature, self._max_batch)
+        except BackendError as error:
+            logger.warning("a second thread that computes could not be warmed up: %s", error)
+
     def measure_cost(self, *, limit_s: float = _COST_LIMIT_S) -> CostModel:
         """Time small batches, and plan by what they cost from now on.
 
@@ -295,6 +306,15 @@ class ServedModel:
         """Which samples should run together: positions, see :func:`handlers.planner.plan`."""
         batches = plan(samples, self.signature, self._cost, max_batch=self._max_batch)
         return self._ceilings.cut(batches, lambda batch: positions([samples[i] for i in batch], self.signature))
+
+    def plan_in_turn(self, samples: Sequence[TensorBatch], waited: Sequence[float]) -> list[list[int]]:
+        """The same, in the order in which the batches should run; see :func:`handlers.planner.in_turn`.
+
+        Args:
+            samples: Inputs by name.
+            waited: Seconds that each has waited.
+        """
+        return in_turn(self.plan(samples), samples, waited, self.signature, self._cost)
 
     def expected_seconds(self, samples: Sequence[TensorBatch]) -> float:
         """How long a batch of these samples takes, if the cost was measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,6 +50,37 @@ def plan(samples: Sequence[TensorBatch], signature: Signature, cost: CostModel, 
     return batches
 
 
+def in_turn(
+    batches: Sequence[list[int]],
+    samples: Sequence[TensorBatch],
+    waited: Sequence[float],
+    signature: Signature,
+    cost: CostModel,
+) -> list[list[int]]:
+    """Put batches in the order in which they should run, while more arrives.
+
+    What a batch is worth is the time that its samples would take without calls and padding, for each second that it
+    takes; and one for each time that its oldest sample has waited as long as all of these batches take. Nothing waits
+    for more than a few times that long, then.
+
+    Args:
+        batches: Positions in ``samples``.
+        samples: All of them.
+        waited: Seconds that each has waited so far.
+        signature: Which axes are dynamic.
+        cost: Prices.
+    """
+    shapes = _shapes(samples, signature)
+    alone = [cost.seconds(1, math.prod(shape)) - cost.call for shape in shapes]
+    seconds = [cost.seconds(len(batch), _largest([shapes[i] for i in batch])) for batch in batches]
+    total = sum(seconds)
+    worth = [
+        sum([alone[i] for i in batch]) / own + max([waited[i] for i in batch]) / total
+        for batch, own in zip(batches, seconds, strict=True)
+    ]
+    return [batches[k] for k in sorted(range(len(batches)), key=worth.__getitem__, reverse=True)]
+
+
 def positions(samples: Sequence[TensorBatch], signature: Signature) -> int:
     """Positions of each sample of a batch, padding included: the product of the largest sizes."""
     return _largest(_shapes(samples, signature))
@@ -79,6 +111,10 @@ def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) ->
         return [*range(max_batch, count, max_batch), count]
     if count == 1:
         return [1]
+    if len(shapes[0]) <= 1:
+        cuts = _cuts_of_a_row([math.prod(shape) for shape in shapes], cost)
+        if all(stop - start <= max_batch for start, stop in itertools.pairwise([0, *cuts])):
+            return cuts
     # seconds[i, j]: a batch of the samples i to j.
     sizes = np.asarray(shapes, dtype=np.float64).reshape(count, -1)
     starts, stops = np.arange(count)[:, np.newaxis], np.arange(count)
@@ -106,6 +142,43 @@ def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) ->
         cuts.append(stop)
         stop = int(begins[stop - 1])
     return cuts[::-1]
+
+
+def _cuts_of_a_row(sizes: Sequence[int], cost: CostModel) -> list[int]:
+    """Where batches of any number of sorted samples end: the same programme, in time that grows with their number.
+
+    The last sample of a batch is its longest, so the samples i to j cost the call and ``j + 1 - i`` times the price of
+    j. The best i is then the lowest of lines, one for each i, whose slope is -i, at the price of j: since prices grow,
+    lines that others have undercut can be forgotten.
+    """
+    # totals[i]: all batches of the samples before i. hull: the lines that may still be the lowest, from head on.
+    totals = [0.0]
+    begins = []
+    hull: list[int] = []
+    head = 0
+    for j, size in enumerate(sizes):
+        while len(hull) - head >= 2 and _is_undercut(hull[-2], hull[-1], j, totals):
+            hull.pop()
+        hull.append(j)
+        price = cost.seconds(1, size) - cost.call
+        while len(hull) - head >= 2 and totals[hull[head + 1]] - hull[head + 1] * price <= (
+            totals[hull[head]] - hull[head] * price
+        ):
+            head += 1
+        best = hull[head]
+        begins.append(best)
+        totals.append(totals[best] + cost.call + (j + 1 - best) * price)
+    cuts = []
+    stop = len(sizes)
+    while stop:
+        cuts.append(stop)
+        stop = begins[stop - 1]
+    return cuts[::-1]
+
+
+def _is_undercut(first: int, middle: int, last: int, totals: Sequence[float]) -> bool:
+    """Whether one of the two lines around a line is lower than it at every price."""
+    return (totals[last] - totals[first]) * (middle - first) <= (totals[middle] - totals[first]) * (last - first)
 
 
 def _running_maximum(values: Array, start: int) -> Array:

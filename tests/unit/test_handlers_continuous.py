@@ -58,8 +58,11 @@ def test_a_request_is_answered_with_its_id_and_type(run, model):
     assert worker.answers(1) == [("6a0b-1", 200, tripled(3))]
 
 
-def test_answers_come_in_the_plans_order_and_each_is_right(run, backend):
-    worker = run(ServedModel(TRIPLE, backend, max_batch=1, identity={"model": "m", "version": "1"}))
+def test_what_pays_best_comes_first_and_each_answer_is_right(run, backend):
+    model = ServedModel(TRIPLE, backend, max_batch=1, identity={"model": "m", "version": "1"})
+    # Calls cost, so of single samples the longest pay best; and all of them take longer than any of this.
+    model._cost = CostModel(call=100, position=100)
+    worker = run(model)
     backend.may_run.clear()
     worker.send(of_length("first", 1))
     assert backend.entered.wait(DEADLINE_S)
@@ -68,8 +71,8 @@ def test_answers_come_in_the_plans_order_and_each_is_right(run, backend):
     worker.wait_until_held(len(lengths))
     backend.may_run.set()
     found = worker.answers(1 + len(lengths))
-    assert [id for id, _, _ in found] == ["first", *map(str, sorted(lengths))]
-    assert [document for _, _, document in found[1:]] == [tripled(length) for length in sorted(lengths)]
+    assert [id for id, _, _ in found] == ["first", *map(str, sorted(lengths, reverse=True))]
+    assert [document for _, _, document in found[1:]] == [tripled(length) for length in sorted(lengths, reverse=True)]
 
 
 def test_what_arrives_while_the_model_computes_shares_batches(run, model, backend):
@@ -195,13 +198,12 @@ def test_a_round_is_no_larger_than_can_be_planned_and_the_oldest_come_first(run,
     planned = []
     plan = model.plan
     monkeypatch.setattr(model, "plan", lambda samples: planned.append(len(samples)) or plan(samples))
-    worker = run(model)
+    worker = run(model, pipelined=False)
     backend.may_run.clear()
     worker.send(of_length("0", 1))
     assert backend.entered.wait(DEADLINE_S)
     several = {"instances": [[1.0]] * 4}
     worker.send(ask("a", several), of_length("b", 2), ask("c", several), ask("d", {"instances": [[1.0]] * 7}))
-    worker.wait_until_held(4)
     backend.may_run.set()
     assert [id for id, _, _ in worker.answers(5)] == ["0", "a", "b", "c", "d"]
     # A request that is larger by itself has a round by itself.
@@ -498,7 +500,7 @@ class TestLanes:
 
     def test_each_thread_that_computes_has_warmed_up(self, run, model, monkeypatch):
         warmed = []
-        monkeypatch.setattr(model, "warm_up", lambda: warmed.append(threading.current_thread().name))
+        monkeypatch.setattr(model, "warm_up_beside", lambda: warmed.append(threading.current_thread().name))
         worker = run(model, lanes=2)
         worker.send(of_length("1", 1))
         worker.answers(1)

@@ -114,6 +114,18 @@ def test_the_oldest_of_the_batches_that_compute_tells_since_when(model, brightne
     assert model.busy_since is None
 
 
+def test_a_second_thread_warms_up_as_far_as_it_can(model, brightness_backend, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("torchport"), "propagate", True)
+    model.warm_up_beside()
+    assert brightness_backend.batch_sizes == [1, 1, 2, 2, 4, 4]
+    monkeypatch.setattr(brightness_backend, "run", lambda batch: (_ for _ in ()).throw(out_of_memory()))
+    model.warm_up_beside()
+    assert (
+        "a second thread that computes could not be warmed up: the model fails on a batch of 1: CUDA out of memory"
+        in (caplog.text)
+    )
+
+
 def test_a_model_of_unknown_cost_gets_several_threads(model):
     assert model.wants_one_thread() is False
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.cost import CostModel
-from handlers.planner import padding_share, plan, positions
+from handlers.planner import in_turn, padding_share, plan, positions
 from handlers.signature import Signature
 
 COSTS = st.builds(
@@ -98,6 +99,19 @@ def test_lengths_are_cut_where_it_is_cheapest(shapes, cost, max_batch):
     assert total == pytest.approx(cheapest(shapes, cost, max_batch), rel=1e-9)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), COSTS, st.integers(1, 40))
+def test_long_rows_are_cut_as_cheaply_as_all_cuts_allow(seed, cost, max_batch):
+    lengths = sorted(random.Random(seed).choices(range(1, 65), k=random.Random(seed).randint(10, 120)))
+    least = [0.0]
+    for stop in range(1, len(lengths) + 1):
+        starts = range(max(0, stop - max_batch), stop)
+        least.append(min(least[i] + cost.seconds(stop - i, lengths[stop - 1]) for i in starts))
+    batches = plan(samples_of([(length,) for length in lengths]), LENGTH, cost, max_batch=max_batch)
+    total = sum(price([(lengths[i],) for i in batch], cost) for batch in batches)
+    assert total == pytest.approx(least[-1], rel=1e-9)
+
+
 @settings(deadline=None)
 @given(PICTURES.filter(lambda shapes: len(shapes) <= 8), COSTS, st.integers(1, 9))
 def test_pictures_are_cut_where_it_is_cheapest(shapes, cost, max_batch):
@@ -176,3 +190,33 @@ def test_positions_and_the_share_of_padding(signature, shapes, expected, share):
     samples = samples_of(shapes)
     assert positions(samples, signature) == expected
     assert padding_share(samples, signature) == pytest.approx(share)
+
+
+class TestInTurn:
+    COST = CostModel(call=1, position=0.1)
+
+    def turn(self, lengths, batches, waited=None):
+        samples = samples_of([(length,) for length in lengths])
+        return in_turn(batches, samples, waited or [0.0] * len(samples), LENGTH, self.COST)
+
+    def test_the_batch_with_the_least_padding_and_calls_runs_first(self):
+        lengths = [10, 10, 10, 10, 5, 50, 50, 50, 9]
+        full, padded, alone = [0, 1, 2, 3], [4, 5, 6, 7], [8]  # worth 4/5, 15.5/21 and 0.9/1.9
+        assert self.turn(lengths, [alone, padded, full]) == [full, padded, alone]
+
+    def test_equals_keep_their_order(self):
+        assert self.turn([5, 5, 5, 5], [[2, 3], [0, 1]]) == [[2, 3], [0, 1]]
+
+    def test_waiting_counts_by_how_long_all_of_it_takes(self):
+        lengths = [10] * 4 + [20]
+        batches = [[0, 1, 2, 3], [4]]  # 5 and 3 s, worth 4/5 and 2/3
+        assert self.turn(lengths, batches, [0, 0, 0, 0, 0.9]) == batches
+        assert self.turn(lengths, batches, [0, 0, 0, 0, 1.2]) == batches[::-1]
+        assert self.turn(lengths, batches, [0.5, 0, 0, 0, 1.2]) == batches
+
+    def test_whoever_has_waited_longer_than_a_few_rounds_is_first(self):
+        lengths = [64] * 30 + [1]
+        assert self.turn(lengths, [list(range(30)), [30]], [0.0] * 30 + [2 * (3 + 192)])[0] == [30]
+
+    def test_no_batches_have_no_order(self):
+        assert in_turn([], [], [], LENGTH, self.COST) == []
