@@ -23,7 +23,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from handlers.backlog import Backlog
 from handlers.decoder import Decoded
@@ -32,7 +31,7 @@ from handlers.frames import Frame, FrameReader, Reply
 from handlers.metrics import STAGE_SECONDS
 from handlers.model import Answer, Row, ServedModel, defect, error_answer
 from handlers.planner import MOST_PLANNED
-from handlers.preemption import interrupt_nobody
+from handlers.preemption import interrupt_nobody, interrupt_others
 from handlers.request import Part
 from handlers.room import Room
 from handlers.tensors import TensorBatch
@@ -154,10 +153,10 @@ class ContinuousWorker:
         interrupt_nobody()
         self._guarded(job)
 
-    def _guarded(self, job: Callable[[], None]) -> None:
+    def _guarded(self, job: Callable[..., None], *given: object) -> None:
         """A thread that dies would leave clients waiting: the process goes with it, and the frontend notices."""
         try:
-            job()
+            job(*given)
         except BaseException:
             logger.critical("the worker ends: a defect in%s", job.__name__.replace("_", " "), exc_info=True)
             os._exit(1)
@@ -165,30 +164,39 @@ class ContinuousWorker:
     def _read(self) -> None:
         reader = FrameReader()
         while chunk := self._receive():
-            for frame in reader.feed(chunk):
-                size = _size(frame)
-                self._room.enter(size)
-                if self._model.decoders is None:
-                    self._take_in(frame, size)
-                else:
-                    self._model.decoders.submit(self._guarded, partial(self._take_in, frame, size))
+            self._hand_on(reader.feed(chunk))
+            del chunk  # nor, with the call, its requests, until the next ones come
         with self._arrived:
             self._closed = True
             self._arrived.notify()
+
+    def _hand_on(self, frames: Sequence[Frame]) -> None:
+        """To whoever decodes."""
+        for frame in frames:
+            size = _size(frame)
+            self._room.enter(size)
+            if self._model.decoders is None:
+                self._take_in(frame, size)
+            else:
+                self._model.decoders.submit(self._guarded, self._take_in, frame, size)
 
     def _take_turns(self) -> None:
         """Take in what has arrived, compute it, and again."""
         reader = FrameReader()
         while chunk := self._receive():
-            for frame in reader.feed(chunk):
-                size = _size(frame)
-                self._room.change(0, size)
-                self._take_in(frame, size)
-                # The rest of a chunk waits, where this much has no room.
-                while self._room.is_full and self._waiting:
-                    self._compute_round()
-            while self._waiting:
+            self._take_turn(reader.feed(chunk))
+            del chunk
+
+    def _take_turn(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            size = _size(frame)
+            self._room.change(0, size)
+            self._take_in(frame, size)
+            # The rest of a chunk waits, where this much has no room.
+            while self._room.is_full and self._waiting:
                 self._compute_round()
+        while self._waiting:
+            self._compute_round()
 
     def _receive(self) -> bytes:
         """What has arrived, or will as the next; nothing once the frontend is gone."""
@@ -226,6 +234,7 @@ class ContinuousWorker:
             return defect("request_failed", "The server failed to read this request.", error)
 
     def _compute_beside(self) -> None:
+        interrupt_others()
         self._model.warm_up_beside()
         self._compute()
 
@@ -308,6 +317,7 @@ class ContinuousWorker:
                 done = list(self._computed)
                 self._computed.clear()
             self._send(done)
+            del done
 
     def _send(self, done: Sequence[_Computed | tuple[Frame, Answer]]) -> None:
         with self._sending:

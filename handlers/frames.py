@@ -84,6 +84,7 @@ class FrameReader:
             self._position += 1
             frames = yield from self._message()
             self._frames += frames
+            del frames  # until the next message, this would hold what was answered long since
 
     def _message(self) -> Generator[None, None, list[Frame]]:
         # Not a generator that waits for a piece, which would cost half as much again.

@@ -174,6 +174,9 @@ class ImageDecoder:
             return None
         if image.info.get("adobe_transform") == _STORED_AS_RGB:
             return None
+        # Pillow goes by the last of several headers, the other one may go by the first.
+        if len(image.layer) != image.layers:  # type: ignore[attr-defined]  # which JPEG files have
+            return None
         pixels = self._jpeg.decode(data, image.width * image.height)
         # Both read the size from the header; a file with two of them is Pillow's to judge.
         if pixels is None or pixels.shape != (image.height, image.width, 3):

@@ -107,10 +107,9 @@ def _largest(shapes: Sequence[tuple[int, ...]]) -> int:
 def _cuts(shapes: Sequence[tuple[int, ...]], cost: CostModel, max_batch: int) -> list[int]:
     """Where batches of sorted samples end."""
     count = len(shapes)
-    if count > MOST_PLANNED:
+    # Where all are alike, too: of all that cost the same, the oldest run first then, and the rest waits for company.
+    if count > MOST_PLANNED or shapes[0] == shapes[-1]:
         return [*range(max_batch, count, max_batch), count]
-    if count == 1:
-        return [1]
     if len(shapes[0]) <= 1:
         cuts = _cuts_of_a_row([math.prod(shape) for shape in shapes], cost)
         if all(stop - start <= max_batch for start, stop in itertools.pairwise([0, *cuts])):

@@ -58,7 +58,8 @@ def fill(waiting, lengths, arrived=0.0):
 
 
 def test_places_and_samples_belong_together_and_come_once(waiting):
-    fill(waiting, [random.Random(1).randint(1, 64) for _ in range(100)])
+    generator = random.Random(1)
+    fill(waiting, [generator.randint(1, 64) for _ in range(100)])
     found = []
     while waiting:
         places, samples = waiting.take(1.0)

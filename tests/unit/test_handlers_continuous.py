@@ -4,6 +4,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -274,6 +275,43 @@ class TestDecoders:
         assert found.pop("bad")[0] == 400
         assert found == {id: (200, tripled(length)) for id, length in lengths.items()}
 
+    def test_a_defect_in_taking_a_request_in_ends_the_worker(self, model, backend, monkeypatch, caplog):
+        ended = threading.Event()
+        monkeypatch.setattr(continuous, "os", SimpleNamespace(_exit=lambda code: ended.set()))
+        monkeypatch.setattr(logger, "propagate", True)
+        worker = Running(model)
+        monkeypatch.setattr(worker.worker, "_decoded", lambda frame: 1 / 0)
+        worker.send(of_length("1", 1))
+        assert ended.wait(DEADLINE_S)
+        assert "the worker ends: a defect in take in" in caplog.text.replace("  ", " ")
+        worker.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"pipelined": False}, {"lanes": 2}], ids=str)
+def test_an_answered_request_leaves_nothing_behind(run, model, backend, options):
+    samples = []
+
+    class Noted(dict):
+        """A dictionary that can be referred to weakly."""
+
+    read = model.read
+
+    def noting(parts):
+        decoded = read(parts)
+        decoded.samples[:] = [Noted(sample) for sample in decoded.samples]
+        samples.extend(map(weakref.ref, decoded.samples))
+        return decoded
+
+    model.read = noting
+    worker = run(model, **options)
+    worker.send(*(of_length(str(i), i) for i in range(1, 20)))
+    worker.answers(19)
+    end = time.monotonic() + DEADLINE_S
+    while any(reference() is not None for reference in samples):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    assert len(samples) == 19
+
 
 class TestOneThread:
     """Decoding, computing and answering in turn, for models that compute next to nothing."""
@@ -518,17 +556,18 @@ class TestLanes:
         assert {i for i, status in found.items() if status == 503} == set(range(0, 60, 3))
         assert set(found.values()) == {200, 503}
 
-    def test_what_computes_is_waited_for_when_the_connection_closes(self, run, model, backend, gates):
+    @pytest.mark.parametrize(("first", "last"), [(5, 9), (9, 5)])
+    def test_what_computes_is_waited_for_when_the_connection_closes(self, run, model, backend, gates, first, last):
         worker = run(model, lanes=2)
         for length in (5, 9):
             worker.send(of_length(str(length), length))
             self.until(lambda length=length: length in backend.entered_lengths)
         closing = threading.Thread(target=worker.close)
         closing.start()
-        gates[9].set()
+        gates[first].set()
         time.sleep(0.05)
         assert worker.thread.is_alive()
-        gates[5].set()
+        gates[last].set()
         closing.join(DEADLINE_S)
         assert not worker.thread.is_alive()
 

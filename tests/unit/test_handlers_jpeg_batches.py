@@ -69,13 +69,15 @@ def batches(nvjpeg):
 
 
 def decode_all(batches, files):
-    """What each of so many threads gets."""
+    """What each of so many threads gets; the first begins before the others."""
     found = {}
     threads = [
         threading.Thread(target=lambda i=i, data=data: found.update({i: batches.decode(data, 384)}))
         for i, data in enumerate(files)
     ]
-    for thread in threads:
+    threads[0].start()
+    assert batches._decode.entered.wait(DEADLINE_S)
+    for thread in threads[1:]:
         thread.start()
     return threads, found
 
@@ -170,6 +172,16 @@ class TestInTheDecoder:
         assert Image.open(io.BytesIO(data)).info["adobe_transform"] == 0
         found, right = self.both(batches, data)
         np.testing.assert_array_equal(found, right)
+        assert nvjpeg.sizes == []
+
+    def test_a_file_with_two_headers_is_pillows(self, batches, nvjpeg):
+        data = encoded(4)
+        start = data.index(b"\xff\xc0")
+        header = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")]
+        huge = header[:5] + b"\xff\xff\xff\xff" + header[9:]
+        decoder = ImageDecoder(self.PREPROCESSING, max_samples=4, jpeg=batches)
+        with pytest.raises(MalformedError, match="damaged or incomplete"):
+            decoder.decode(EncodedImage(data=data[:start] + huge + data[start:]))
         assert nvjpeg.sizes == []
 
     def test_pillow_decodes_what_the_other_cannot(self, batches, nvjpeg):

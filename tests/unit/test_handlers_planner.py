@@ -192,6 +192,16 @@ def test_positions_and_the_share_of_padding(signature, shapes, expected, share):
     assert padding_share(samples, signature) == pytest.approx(share)
 
 
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 40, 64, 100])
+@pytest.mark.parametrize(
+    ("signature", "shape"), [(NONE, ()), (LENGTH, (7,)), (PICTURE, (3, 2)), (UNPADDED, (3, 2))], ids=str
+)
+def test_of_equals_the_oldest_fill_batches(signature, shape, count):
+    batches = plan(samples_of([shape] * count), signature, CostModel(call=1, position=1), max_batch=32)
+    assert [i for batch in batches for i in batch] == list(range(count))
+    assert {len(batch) for batch in batches[:-1]} <= {32}
+
+
 class TestInTurn:
     COST = CostModel(call=1, position=0.1)
 
