@@ -25,11 +25,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from handlers.backlog import Backlog
+from handlers.batch_runner import Row
+from handlers.deadline import deadline
 from handlers.decoder import Decoded
-from handlers.errors import OverloadedError, RequestError
+from handlers.errors import OverloadedError, RequestError, defect
 from handlers.frames import Frame, FrameReader, Reply
 from handlers.metrics import STAGE_SECONDS
-from handlers.model import Answer, Row, ServedModel, defect, error_answer
+from handlers.model import Answer, ServedModel, error_answer
 from handlers.planner import MOST_PLANNED
 from handlers.preemption import interrupt_nobody, interrupt_others
 from handlers.request import Part
@@ -43,10 +45,6 @@ KNOWN_RELEASE = "0.12.0"
 _RECEIVED_BYTES = 1 << 18
 # Of Python's lock, between the three threads. By default, a thread that comes back from computing waits up to 5 ms.
 _SWITCH_INTERVAL_S = 0.0001
-# Relative to when the request is read; who gives up earlier than the model answers need not be computed.
-_TIMEOUT_HEADERS = ("x-request-timeout-ms", "x-envoy-expected-rq-timeout-ms")
-# The frontend's class writes it, over whatever a client wrote.
-_QUEUED_HEADER = "torchport-queued-ms"
 _WATCH_S = 1.0
 # Of the bodies and samples that a worker holds; what comes beyond them waits in the frontend.
 _MOST_HELD_BYTES = 512 << 20
@@ -221,8 +219,8 @@ class ContinuousWorker:
         self._room.change(size, taken)
         # Without its body, which the samples were made of.
         kept = Frame(frame.id, {}, dict.fromkeys(frame.fields, b""))
-        deadline = _deadline(frame, arrived)
-        held = _Held(kept, decoded, arrived, deadline, rows=[None] * count, missing=count, size=taken)
+        gives_up = deadline(frame.headers, arrived)
+        held = _Held(kept, decoded, arrived, gives_up, rows=[None] * count, missing=count, size=taken)
         with self._arrived:
             self._waiting.append(held)
             self._arrived.notify()
@@ -360,24 +358,6 @@ class ContinuousWorker:
 
 def _size(frame: Frame) -> int:
     return sum(len(value) for value in frame.fields.values() if isinstance(value, bytes))
-
-
-def _deadline(frame: Frame, arrived: float) -> float:
-    """When the client gives up, as far as its headers tell; the time in the frontend's queue is gone already."""
-    timeouts = [
-        milliseconds
-        for name, value in frame.headers.items()
-        if name.lower() in _TIMEOUT_HEADERS and (milliseconds := _milliseconds(value)) is not None
-    ]
-    if not timeouts:
-        return float("inf")
-    queued = _milliseconds(frame.headers.get(_QUEUED_HEADER)) or 0
-    return arrived + (min(timeouts) - queued) / 1000
-
-
-def _milliseconds(value: object) -> int | None:
-    text = value.strip() if isinstance(value, str) else ""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else None
 
 
 def serve_continuously(start: Callable[[socket.socket], ContinuousWorker]) -> bool:

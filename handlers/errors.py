@@ -135,3 +135,10 @@ def one_line(error: BaseException) -> str:
     if any(line.startswith("Traceback") for line in lines):
         lines = lines[-1:]
     return " ".join(lines)[:300] or type(error).__name__
+
+
+def defect(code: str, message: str, cause: Exception) -> InferenceError:
+    """An error of ours, which the log shows with its cause."""
+    failure = InferenceError(code, message)
+    failure.__cause__ = cause
+    return failure

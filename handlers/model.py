@@ -5,15 +5,15 @@ The worker, the export gates, ``torchport inspect --verify`` and in-process meas
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from typing import Any
 from handlers.allocator import keep_freed_memory
 from handlers.answering import Answerer
 from handlers.backend import Backend, build_backend
-from handlers.batching import split, stack
+from handlers.batch_runner import BatchRunner, Row
 from handlers.cost import CostModel, measure_cost
 from handlers.decoder import Decoded, build_decoder
-from handlers.errors import BackendError, GoldenError, InferenceError, LoadError, RequestError, SignatureError
+from handlers.errors import BackendError, GoldenError, LoadError, RequestError, SignatureError, defect
 from handlers.golden import GoldenSet
-from handlers.gpu_memory import BatchCeilings, MemoryWatch, is_out_of_memory, let_go, watch_memory
+from handlers.gpu_memory import MemoryWatch, watch_memory
 from handlers.jpeg_batches import JpegBatches, build_jpeg_batches
-from handlers.metrics import BATCH_SAMPLES, PADDING_SHARE, SAMPLES, STAGE_SECONDS, Meter
-from handlers.planner import in_turn, padding_share, plan, positions
+from handlers.metrics import STAGE_SECONDS, Meter
+from handlers.planner import in_turn, plan, positions
 from handlers.preemption import interrupt_nobody
 from handlers.request import Part
 from handlers.signature import Signature
@@ -45,9 +45,6 @@ _COST_LIMIT_S = 1.0
 _MOST_DECODERS = 8
 # See docs/decisions/014 for what was measured.
 _QUICK_S = 0.0005
-
-Row = dict[str, Array] | RequestError
-"""One sample's outputs by name, or why there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,15 +100,12 @@ class ServedModel:
         self.signature = signature
         self.backend = backend
         self.meter = Meter()
-        # By thread, when it began with the batch that it computes, on the monotonic clock.
-        self._began: dict[int, float] = {}
+        self._runner = BatchRunner(signature, backend, self.meter, slot)
         self.decoders = ThreadPoolExecutor(decoding, "torchport-decode", interrupt_nobody) if decoding > 1 else None
-        self._slot = slot or nullcontext()
         # Until it is measured: calls alone cost, so batches are as few as they can be.
         self._cost = CostModel()
         self._max_batch = max_batch
         self._memory = memory
-        self._ceilings = BatchCeilings()
         self._identity = identity or {}
         self._decoder = build_decoder(signature, max_samples=MAX_SAMPLES_PER_REQUEST, folder=folder, jpeg=jpeg)
         self._answerer = Answerer(signature)
@@ -212,7 +206,7 @@ class ServedModel:
     @property
     def busy_since(self) -> float | None:
         """When the oldest of the batches that are computed now began, on the monotonic clock; None between batches."""
-        return min(list(self._began.values()), default=None)
+        return self._runner.busy_since
 
     def wants_one_thread(self) -> bool:
         """Whether decoding, computing and answering should take turns in one thread.
@@ -262,7 +256,7 @@ class ServedModel:
         """
         began = time.perf_counter()
         decoded = list((self.decoders.map if self.decoders else map)(self.read, requests))
-        self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("decode"))
+        self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, (("stage", "decode"),))
         rows = self.compute([sample for item in decoded if isinstance(item, Decoded) for sample in item.samples])
         answers = []
         start = 0
@@ -294,18 +288,15 @@ class ServedModel:
         """
         if not samples:
             return []
-        rows: dict[int, Row] = {}
         batches = self.plan(samples)
-        with self._computing():
-            # Stacked one by one: all of them together may be more than the memory holds.
-            for indices in batches:
-                rows.update(zip(indices, self._run_metered([samples[i] for i in indices]), strict=True))
+        found = self._runner.run([[samples[i] for i in indices] for indices in batches])
+        rows = dict(zip(itertools.chain.from_iterable(batches), found, strict=True))
         return [rows[i] for i in range(len(samples))]
 
     def plan(self, samples: Sequence[TensorBatch]) -> list[list[int]]:
         """Which samples should run together: positions, see :func:`handlers.planner.plan`."""
         batches = plan(samples, self.signature, self._cost, max_batch=self._max_batch)
-        return self._ceilings.cut(batches, lambda batch: positions([samples[i] for i in batch], self.signature))
+        return self._runner.ceilings.cut(batches, lambda batch: positions([samples[i] for i in batch], self.signature))
 
     def plan_in_turn(self, samples: Sequence[TensorBatch], waited: Sequence[float]) -> list[list[int]]:
         """The same, in the order in which the batches should run; see :func:`handlers.planner.in_turn`.
@@ -322,8 +313,7 @@ class ServedModel:
 
     def run(self, samples: list[TensorBatch]) -> list[Row]:
         """Run one batch, which :meth:`plan` has chosen; see :meth:`compute`."""
-        with self._computing():
-            return self._run_metered(samples)
+        return self._runner.run([samples])
 
     def read(self, parts: Sequence[Part]) -> Decoded | RequestError:
         """Decode one request; its error is returned, so that it stays with its request."""
@@ -333,71 +323,6 @@ class ServedModel:
             return error
         except Exception as error:  # our own defect, and still one request's alone
             return defect("request_failed", "The server failed to read this request.", error)
-
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Hold the compute slot."""
-        began = time.perf_counter()
-        with self._slot:
-            self.meter.observe(STAGE_SECONDS, time.perf_counter() - began, _stage("wait"))
-            yield
-
-    def _run_metered(self, samples: list[TensorBatch]) -> list[Row]:
-        thread = threading.get_ident()
-        self._began[thread] = began = time.monotonic()
-        try:
-            rows = self._run(samples)
-        finally:
-            del self._began[thread]
-        self.meter.observe(STAGE_SECONDS, time.monotonic() - began, _stage("compute"))
-        self.meter.count(SAMPLES, len(samples))
-        self.meter.observe(BATCH_SAMPLES, len(samples))
-        self.meter.observe(PADDING_SHARE, padding_share(samples, self.signature))
-        return rows
-
-    def _run(self, samples: list[TensorBatch]) -> list[Row]:
-        """Run one batch; when it fails, halve it, so that only the samples that fail alone are lost.
-
-        What fails for want of the GPU's memory is not tried again at that size.
-        """
-        short = False
-        try:
-            outputs = self.backend.run(stack(samples, self.signature))
-            return list(split(outputs, samples, self.signature))
-        except Exception as error:  # runtimes raise types of their own; one sample must not fail its neighbours
-            short = self.backend.device == "cuda" and is_out_of_memory(error)
-            if len(samples) == 1:
-                return [self._lost(error, short=short)]
-            middle = len(samples) // 2
-        # Outside of the clause: the error holds what the failed run had allocated, which the halves may need.
-        if short:
-            self.backend.free_memory()
-            self._lower_ceiling(samples)
-        return self._run(samples[:middle]) + self._run(samples[middle:])
-
-    def _lost(self, error: Exception, *, short: bool) -> InferenceError:
-        """The error of a sample that fails alone."""
-        if not short:
-            return defect("inference_failed", "The model failed on this input.", error)
-        # The error is kept until it is answered and logged; what its calls had allocated is needed before.
-        let_go(error)
-        self.backend.free_memory()
-        return defect(
-            "out_of_memory",
-            "The GPU has too little free memory for this input alone; send a smaller one, or try again later.",
-            error,
-        )
-
-    def _lower_ceiling(self, samples: list[TensorBatch]) -> None:
-        length = positions(samples, self.signature)
-        most = self._ceilings.lower(len(samples), length)
-        logger.warning(
-            "the GPU's memory did not hold a batch of %d samples with %d positions each; "
-            "such batches have at most %d from now on, until the worker is started again",
-            len(samples),
-            length,
-            most,
-        )
 
     def build_answer(self, decoded: Decoded, rows: Sequence[Row]) -> Answer:
         """The answer of a request, given the row of each of its samples."""
@@ -427,14 +352,3 @@ def _decoders(signature: Signature) -> int:
 def error_answer(error: RequestError, *, open_protocol: bool = False) -> Answer:
     """The answer of a request that failed; see :meth:`handlers.errors.RequestError.document`."""
     return Answer(body=error.document(open_protocol=open_protocol), error=error)
-
-
-def _stage(name: str) -> tuple[tuple[str, str], ...]:
-    return (("stage", name),)
-
-
-def defect(code: str, message: str, cause: Exception) -> InferenceError:
-    """An error of ours, which the log shows with its cause."""
-    failure = InferenceError(code, message)
-    failure.__cause__ = cause
-    return failure

@@ -107,9 +107,9 @@ def test_a_gpu_leaves_the_cpu_to_other_threads(model):
 
 def test_the_oldest_of_the_batches_that_compute_tells_since_when(model, brightness_backend):
     assert model.busy_since is None
-    model._began.update({1: 5.0, 2: 3.0})
+    model._runner._began.update({1: 5.0, 2: 3.0})
     assert model.busy_since == 3.0
-    model._began.clear()
+    model._runner._began.clear()
     model.compute([{"image": np.zeros((3, 4, 4), np.float32)}])
     assert model.busy_since is None
 
