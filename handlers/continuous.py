@@ -163,7 +163,7 @@ class ContinuousWorker:
         reader = FrameReader()
         while chunk := self._receive():
             self._hand_on(reader.feed(chunk))
-            del chunk  # nor, with the call, its requests, until the next ones come
+            del chunk  # or it would stay in memory until the next one comes
         with self._arrived:
             self._closed = True
             self._arrived.notify()
@@ -182,10 +182,11 @@ class ContinuousWorker:
         """Take in what has arrived, compute it, and again."""
         reader = FrameReader()
         while chunk := self._receive():
-            self._take_turn(reader.feed(chunk))
-            del chunk
+            self._serve(reader.feed(chunk))
+            del chunk  # as in reading
 
-    def _take_turn(self, frames: Sequence[Frame]) -> None:
+    def _serve(self, frames: Sequence[Frame]) -> None:
+        """Take requests in, and compute all of them."""
         for frame in frames:
             size = _size(frame)
             self._room.change(0, size)

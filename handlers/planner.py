@@ -59,9 +59,9 @@ def in_turn(
 ) -> list[list[int]]:
     """Put batches in the order in which they should run, while more arrives.
 
-    What a batch is worth is the time that its samples would take without calls and padding, for each second that it
-    takes; and one for each time that its oldest sample has waited as long as all of these batches take. Nothing waits
-    for more than a few times that long, then.
+    What a batch is worth is the time that its samples would take without calls and padding, divided by the time that it
+    takes, which is below 1; plus the time that its oldest sample has waited, divided by the time that all of these
+    batches take. So nothing waits for more than a few times that long.
 
     Args:
         batches: Positions in ``samples``.

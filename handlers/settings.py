@@ -36,7 +36,8 @@ class WorkerSettings:
         decoding: Threads of each worker that decode requests; 0 for one, and several where the model takes images.
         lanes: Batches of each worker that are under way at once, one of them computing; 0 for as many as the device has
             a use for: two on a GPU, one on a CPU.
-        gpu_memory_mib: The most of a GPU's memory that each worker may take; 0 for no limit.
+        gpu_memory_mib: The most of a GPU's memory that torch or ONNX Runtime may allocate in each worker; 0 for no
+            limit.
         jpeg_on_gpu: 1 to decode JPEG files on the worker's GPU.
     """
 
