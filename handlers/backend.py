@@ -91,12 +91,18 @@ def build_backend(
         from handlers.onnx import OnnxBackend  # noqa: PLC0415
 
         return OnnxBackend(
-            path, signature, device=artifact.device, threads=threads, gpu=gpu, gpu_memory_bytes=gpu_memory_bytes
+            path,
+            signature,
+            device=artifact.device,
+            threads=threads,
+            gpu=gpu,
+            gpu_memory_bytes=gpu_memory_bytes,
+            max_batch=max_batch,
         )
     if artifact.format == "pt2":
         from handlers.pt2 import Pt2Backend  # noqa: PLC0415
 
-        return Pt2Backend(path, signature, device=artifact.device, threads=threads, gpu=gpu)
+        return Pt2Backend(path, signature, device=artifact.device, threads=threads, gpu=gpu, max_batch=max_batch)
     if artifact.format == "eager":
         from handlers.eager import EagerBackend  # noqa: PLC0415
 

@@ -7,12 +7,11 @@ and sizes of the dynamic axes, and a batch is filled up to the smallest bucket t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +31,6 @@ MOST_GRAPHS = 48
 _SHORTEST = 16
 # A server waits for its workers: startupTimeout is 120 s where nobody set it.
 _CAPTURE_LIMIT_S = 30.0
-# What torch's documentation asks for before a capture: libraries set themselves up when they are first called.
-_RUNS_BEFORE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,86 +101,22 @@ def _powers(low: int, high: int) -> list[int]:
 
 
 class Recorder(Protocol):
-    """Captures what runs on a GPU."""
+    """Captures what a model does on a GPU."""
 
     def memory(self, size: int) -> Tensor:
         """So many bytes on the device, for the inputs of graphs: ``[size]`` uint8."""
         ...
 
-    def capture(self, run: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Run it a few times, then once more to record it.
+    def capture(self, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Sequence[Tensor]]:
+        """Run the model a few times, then once more to record it.
 
         Args:
-            run: Reads and writes the same memory at every call.
+            inputs: On the device, in the signature's order. Their memory is read at every replay.
 
         Returns:
-            What replays it, and the tensors that every replay writes.
+            What replays it, and the tensors that every replay writes: the outputs, in the signature's order.
         """
         ...
-
-
-class CudaRecorder:
-    """Records on a stream of its own; all graphs share one pool of memory.
-
-    They may: none reads what another one wrote, they run one after the other, and their outputs, which the pool keeps
-    apart, are copied before the next replay. See "Graph memory management" in torch's notes on CUDA.
-
-    Args:
-        device: A GPU.
-        tune: Whether cuDNN should try out which of its algorithms is fastest. It does so for every new shape, which
-            takes long: only for models whose shapes are all captured.
-    """
-
-    def __init__(self, device: torch.device, *, tune: bool) -> None:
-        self._device = device
-        self._tune = tune
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def memory(self, size: int) -> Tensor:
-        """Memory that graphs do not share with anything else."""
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
-
-    def capture(self, run: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:
-        """Run it on the stream of the graphs, on which libraries then have what they need, and record it there."""
-        computing = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(computing)
-        graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph leaves its stream current when a capture fails (2.13); this context then does not.
-        with torch.cuda.stream(self._stream), _tuned(self._tune):
-            for _ in range(_RUNS_BEFORE):
-                run()
-            try:
-                # Other threads may use CUDA meanwhile, such as those of another model in this process.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    outputs = run()
-            except Exception:
-                self._forget_capture()
-                raise
-        computing.wait_stream(self._stream)
-        return graph.replay, outputs
-
-    def _forget_capture(self) -> None:
-        """Tell torch's allocator that a capture is over, which torch does only for those that succeed (2.13).
-
-        Otherwise it would no longer give cached memory back when it is short of it.
-        """
-        pool = self._pool
-        self._pool = torch.cuda.graph_pool_handle()
-        with contextlib.suppress(RuntimeError):  # raised where the allocator knows: torch has ended the capture
-            torch._C._cuda_endAllocateToPool(self._device.index, pool)
-            torch._C._cuda_releasePool(self._device.index, pool)
-
-
-@contextlib.contextmanager
-def _tuned(wanted: bool) -> Iterator[None]:
-    """Let cuDNN try its algorithms, and leave the setting as it was."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,10 +143,9 @@ class CudaGraphs:
     leaves no memory for them. One line of the log says so.
 
     Args:
-        module: Takes the inputs on the device in the signature's order, and gives the outputs in the signature's order.
         signature: Inputs, outputs and bounds of the axes.
         staging: Takes batches to the device.
-        recorder: Captures.
+        recorder: Captures the model.
         max_batch: Samples of the largest batch.
         channels_last: Whether inputs of four axes lie with their channels last.
         clock: Seconds.
@@ -221,7 +153,6 @@ class CudaGraphs:
 
     def __init__(
         self,
-        module: Callable[..., Sequence[Tensor]],
         signature: Signature,
         staging: Staging,
         recorder: Recorder,
@@ -230,7 +161,6 @@ class CudaGraphs:
         channels_last: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._module = module
         self._signature = signature
         self._staging = staging
         self._channels_last = channels_last
@@ -307,7 +237,7 @@ class CudaGraphs:
 
         def capture(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
             _copy(tensors, inputs)
-            replay, outputs = recorder.capture(lambda: self._module(*inputs))
+            replay, outputs = recorder.capture(inputs)
             for spec, output in zip(self._signature.outputs, outputs, strict=True):
                 _check(output, spec, bucket)
             graphs.append(_Graph(bucket=bucket, inputs=inputs, outputs=outputs, replay=replay))

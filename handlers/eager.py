@@ -7,7 +7,7 @@ import importlib
 import itertools
 import pickle
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,8 @@ from torch import nn
 
 from handlers.artifact import Artifact, ModuleSource
 from handlers.calling import NamedModule
-from handlers.cuda_graphs import CudaGraphs, CudaRecorder
+from handlers.cuda_graphs import CudaGraphs
+from handlers.cuda_recorder import CudaRecorder
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
 from handlers.staging import Exchange, Staging, build_exchange
@@ -94,10 +95,8 @@ class EagerBackend:
         self._exchange = staging
         if max_batch:
             # Without dynamic axes, every shape is one of the graphs'.
-            recorder = CudaRecorder(self._device, tune=not signature.axes)
-            self._graphs = CudaGraphs(
-                self._module, signature, staging, recorder, max_batch=max_batch, channels_last=pictures
-            )
+            recorder = CudaRecorder(self._device, self._compute, tune=not signature.axes)
+            self._graphs = CudaGraphs(signature, staging, recorder, max_batch=max_batch, channels_last=pictures)
 
     @property
     def device(self) -> str:
@@ -113,7 +112,11 @@ class EagerBackend:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
         outputs = self._graphs.run(batch) if self._graphs else None
         if outputs is None:
-            outputs = self._exchange.run(batch, lambda tensors: self._module(*tensors))
+            outputs = self._exchange.run(batch, self._compute)
+        return outputs
+
+    def _compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        outputs: Sequence[torch.Tensor] = self._module(*tensors)
         return outputs
 
     def free_memory(self) -> None:

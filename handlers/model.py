@@ -123,6 +123,7 @@ class ServedModel:
         gpu: int | None = None,
         gpu_memory_bytes: int | None = None,
         jpeg_on_gpu: bool = False,
+        cuda_graphs: bool = True,
     ) -> ServedModel:
         """Load an extracted archive; see :func:`handlers.digests.verify_folder` for its digests.
 
@@ -136,6 +137,7 @@ class ServedModel:
             gpu: Which GPU an artifact for GPUs runs on; None for the runtime's own choice.
             gpu_memory_bytes: The most of its memory that torch or ONNX Runtime may allocate; None for no limit.
             jpeg_on_gpu: Whether JPEG files are decoded there too.
+            cuda_graphs: Whether CUDA graphs are captured for batches of up to the largest size.
 
         Raises:
             LoadError: If the signature, the tokenizer or the artifact cannot be used, or the GPU's memory is too small;
@@ -149,7 +151,12 @@ class ServedModel:
         memory = watch_memory(signature.artifact, gpu, gpu_memory_bytes)
         with memory.explaining("its weights") if memory else nullcontext():
             backend = build_backend(
-                signature, folder, threads=threads, gpu=gpu, gpu_memory_bytes=gpu_memory_bytes, max_batch=max_batch
+                signature,
+                folder,
+                threads=threads,
+                gpu=gpu,
+                gpu_memory_bytes=gpu_memory_bytes,
+                max_batch=max_batch if cuda_graphs else 0,
             )
         return cls(
             signature,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from handlers.backend import MOST_LANES
 from handlers.compiled_container import CompiledContainer
+from handlers.cuda_graphs import CudaGraphs
+from handlers.cuda_recorder import CudaRecorder
 from handlers.errors import BackendError, one_line
 from handlers.signature import Signature
-from handlers.staging import build_exchange
+from handlers.staging import DirectExchange, Exchange, Staging
 from handlers.tensors import Array, TensorBatch
 from handlers.torch_device import check_device, free_cached, torch_device
 
@@ -23,6 +24,8 @@ _MODEL = "model"
 class Pt2Backend:
     """Runs a compiled package. It takes tensors in the signature's order and gives them in the signature's order.
 
+    On a GPU the usual shapes of batches are replayed as CUDA graphs.
+
     Check the artifact's requirements first: code for another torch or processor kills the process.
 
     Args:
@@ -31,6 +34,7 @@ class Pt2Backend:
         device: ``cpu`` or ``cuda``.
         threads: Intra-op threads of this process.
         gpu: Which GPU; None for torch's current one.
+        max_batch: Samples of the largest batch that CUDA graphs are captured for; 0 for no graphs.
 
     Attributes:
         holds_lock: Whether other threads of Python stand still while it computes. On a GPU they do not: calling it only
@@ -40,18 +44,28 @@ class Pt2Backend:
         BackendError: If the file does not load, was compiled for another device, or the device is missing.
     """
 
-    def __init__(self, path: Path, signature: Signature, *, device: str, threads: int, gpu: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        signature: Signature,
+        *,
+        device: str,
+        threads: int,
+        gpu: int | None = None,
+        max_batch: int = 0,
+    ) -> None:
         torch.set_num_threads(threads)
         self._device = torch_device(device, gpu)
         # Read when a package loads: tensors of a wrong shape or dtype then raise, instead of ending the process.
         os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
         try:
-            # Runners share the weights. With one, a batch would wait, with Python's lock, for the end of the last one.
             # What torch._inductor.aoti_load_package ends in. That function first compiles and runs small programs to
             # name the processor's vector width: it takes seconds, and logs a misleading warning without a compiler.
             index = -1 if self._device.index is None else self._device.index
-            runners = 1 if device == "cpu" else MOST_LANES
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, False, runners, index)
+            # For a GPU without a look whether the last batch is done, which may not be asked during a capture, and for
+            # which a batch would wait with Python's lock. One thread at a time launches, and the stream has the order.
+            unwatched = device != "cpu"
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, unwatched, 1, index)
             compiled_for = loader.get_metadata().get("AOTI_DEVICE_KEY")
         except (RuntimeError, AttributeError) as error:
             raise BackendError(
@@ -67,7 +81,15 @@ class Pt2Backend:
             loader.run if container is None else container.run
         )
         self.holds_lock = container is None and device == "cpu"
-        self._exchange = build_exchange(signature, self._device)
+        self._exchange: Exchange
+        self._graphs: CudaGraphs | None = None
+        if device == "cpu":
+            self._exchange = DirectExchange(signature)
+            return
+        self._exchange = staging = Staging.on(self._device, signature)
+        if max_batch:
+            recorder = CudaRecorder(self._device, self._compute, tune=not signature.axes)
+            self._graphs = CudaGraphs(signature, staging, recorder, max_batch=max_batch)
 
     @property
     def device(self) -> str:
@@ -81,7 +103,8 @@ class Pt2Backend:
 
     def run(self, batch: TensorBatch) -> dict[str, Array]:
         """Compute one batch; see :class:`handlers.backend.Backend`."""
-        return self._exchange.run(batch, self._compute)
+        outputs = self._graphs.run(batch) if self._graphs else None
+        return self._exchange.run(batch, self._compute) if outputs is None else outputs
 
     def _compute(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         outputs = self._call(list(tensors))

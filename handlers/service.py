@@ -92,6 +92,7 @@ class Service:
                 gpu=gpu,
                 gpu_memory_bytes=settings.gpu_memory_mib << 20 or None,
                 jpeg_on_gpu=bool(settings.jpeg_on_gpu),
+                cuda_graphs=bool(settings.cuda_graphs),
             )
             model.warm_up()
             model.measure_cost()

@@ -18,6 +18,7 @@ _BOUNDS = {
     "max_batch": (0, 65536),
     "decoding": (0, 1024),
     "lanes": (0, MOST_LANES),
+    "cuda_graphs": (0, 1),
     "gpu_memory_mib": (0, 1 << 24),
     "jpeg_on_gpu": (0, 1),
 }
@@ -36,6 +37,7 @@ class WorkerSettings:
         decoding: Threads of each worker that decode requests; 0 for one, and several where the model takes images.
         lanes: Batches of each worker that are under way at once, one of them computing; 0 for as many as the device has
             a use for: two on a GPU, one on a CPU.
+        cuda_graphs: 0 for no CUDA graphs on a GPU, to find out what they change.
         gpu_memory_mib: The most of a GPU's memory that torch or ONNX Runtime may allocate in each worker; 0 for no
             limit.
         jpeg_on_gpu: 1 to decode JPEG files on the worker's GPU.
@@ -46,6 +48,7 @@ class WorkerSettings:
     max_batch: int = 0
     decoding: int = 0
     lanes: int = 0
+    cuda_graphs: int = 1
     gpu_memory_mib: int = 0
     jpeg_on_gpu: int = 0
 

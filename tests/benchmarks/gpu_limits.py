@@ -11,7 +11,7 @@ random weights. The best information comes first, and what the budget does not a
                       CUDA graphs against plain eager; distance from fp32 on the CPU
     serve-encoder,    behind TorchServe: throughput, the highest rate at which 99 of 100 answers come in time, and
     serve-images      stock TorchServe with a plain handler; needs TorchServe and Java
-    formats-encoder,  TorchScript, AOTInductor and ONNX Runtime beside eager
+    formats-encoder,  TorchScript, AOTInductor and ONNX Runtime beside eager, with CUDA graphs and without ("plain")
     formats-images
 
 Tables come as they are measured; the last line is JSON.

@@ -125,6 +125,8 @@ def measure_formats(bench: Bench, name: str) -> Document | str:
         folder = bench.artifact(subject, combination.format, combination.precision)
         convert_s[label] = time.perf_counter() - started
         backends[label] = ServedModel.load(folder, threads=1, max_batch=max(GRAPHED)).backend
+        if combination.format != "torchscript":  # which has no graphs
+            backends[f"{label} plain"] = ServedModel.load(folder, threads=1, cuda_graphs=False).backend
     rows = []
     for size in GRAPHED:
         times = bench.clock.take_turns({label: _all(backend, batches[size]) for label, backend in backends.items()})

@@ -6,6 +6,7 @@ mean. So wrong normalisation costs accuracy, and a transposed image, a wrong eps
 
 import copy
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from export.pipeline import ExportOptions, export_archive
 from handlers.request import Part
 from handlers.signature import Artifact, Signature
 from models.convnet import build_conv_classifier
+
+from . import backend_subject
 
 MEAN, STD, SIZE = 0.5, 0.25, 8
 LABELS = ("dark", "mid", "bright")
@@ -209,3 +212,29 @@ def brightness_backend():
 def fake_backend():
     """Builds a backend from a function of one sample."""
     return FakeBackend
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with an artifact of ``backend_subject``, by format; each is made when it is first asked for."""
+    folders = {}
+
+    def build(format):
+        if format not in folders:
+            folder = tmp_path_factory.mktemp(format)
+            backend_subject.write(format, folder)
+            folders[format] = folder
+        return folders[format]
+
+    return build
+
+
+@pytest.fixture
+def _process_as_it_was(monkeypatch):
+    """Threads, imports and the path of this process, which a worker would keep to itself."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "0")
+    yield
+    torch.set_num_threads(threads)
+    sys.modules.pop(backend_subject.PACKAGE, None)

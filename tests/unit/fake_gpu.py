@@ -76,11 +76,13 @@ class FakeRecorder:
     """Replays by running again, and writes to the same outputs, as a graph does.
 
     Args:
+        model: What is recorded: gets the inputs, and gives the outputs. It may be set later.
         fails: Raised by the capture of that number, counted from 1; None for none.
         at: That number.
     """
 
-    def __init__(self, fails=None, at=1):
+    def __init__(self, model=None, *, fails=None, at=1):
+        self.model = model
         self.captures = 0
         self.replays = 0
         self._fails = fails
@@ -89,15 +91,15 @@ class FakeRecorder:
     def memory(self, size):
         return torch.zeros(size, dtype=torch.uint8)
 
-    def capture(self, run):
+    def capture(self, inputs):
         self.captures += 1
         if self._fails is not None and self.captures == self._at:
             raise self._fails
-        outputs = [output.clone() for output in run()]
+        outputs = [output.clone() for output in self.model(inputs)]
 
         def replay():
             self.replays += 1
-            for output, new in zip(outputs, run(), strict=True):
+            for output, new in zip(outputs, self.model(inputs), strict=True):
                 output.copy_(new)
 
         return replay, outputs

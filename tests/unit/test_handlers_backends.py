@@ -1,14 +1,9 @@
-import contextlib
 import ctypes
 import dataclasses
-import io
 import json
 import shutil
 import sys
-import threading
-import warnings
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,168 +12,29 @@ from torch import nn
 
 from export.combinations import Combination
 from export.convert import convert
-from handlers.artifact import Artifact, ModuleSource
+from handlers.artifact import ModuleSource
 from handlers.backend import build_backend
-from handlers.calling import NamedModule
 from handlers.compiled_container import CompiledContainer
 from handlers.errors import BackendError
 from handlers.isa import cpu_isa
-from handlers.onnx import OnnxBackend, cuda_options
-from handlers.pt2 import Pt2Backend
 from handlers.signature import TENSOR, Signature
-from handlers.staging import Staging
-from handlers.tensors import Axis, TensorSpec
-from handlers.torch_device import check_device, torch_device
+from handlers.tensors import TensorSpec
 
-from .fake_gpu import FakeRecorder, LateTransfers
-
-# The source of an eager archive, which the other formats are made of as well.
-SOURCE = '''
-"""Two inputs, two outputs, a dynamic length."""
-import torch
-
-
-class Tokens(torch.nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(10, width)
-        self.head = torch.nn.Linear(width, 3)
-
-    def forward(self, weights, ids):
-        tokens = self.embedding(ids) * weights.unsqueeze(-1)
-        return {"tokens": tokens, "pooled": self.head(tokens.sum(1))}
-
-
-def build(width):
-    return Tokens(width)
-'''
-SIGNATURE = Signature(
-    task=TENSOR,
-    inputs=(
-        TensorSpec(name="ids", dtype="int64", shape=("batch", "length"), minimum=0, maximum=9, padding=0),
-        TensorSpec(name="weights", dtype="float32", shape=("batch", "length"), minimum=0, maximum=1, padding=0),
-    ),
-    outputs=(
-        TensorSpec(name="pooled", dtype="float32", shape=("batch", 3)),
-        TensorSpec(name="tokens", dtype="float32", shape=("batch", "length", 4)),
-    ),
-    axes={"length": Axis(minimum=1, maximum=16)},
+from .backend_subject import (
+    FILES,
+    FORMATS,
+    NAMES,
+    PACKAGE,
+    SIGNATURE,
+    SOURCE,
+    arrays,
+    artifact,
+    expected,
+    load,
+    quietly,
 )
-NAMES = [spec.name for spec in SIGNATURE.inputs], [spec.name for spec in SIGNATURE.outputs]
-FILES = {"torchscript": "model.pt", "onnx": "model.onnx", "pt2": "model.pt2", "eager": "weights.pt"}
-FORMATS = tuple(FILES)
-# The one from which eager artifacts are built has a name that nothing else here has.
-PACKAGE = "tokens_of_an_archive"
 
-
-@contextlib.contextmanager
-def quietly():
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def module():
-    scope = {}
-    exec(SOURCE, scope)
-    torch.manual_seed(0)
-    return scope["build"](4).eval()
-
-
-def arrays(batch=2, length=5):
-    random = np.random.default_rng(batch * 100 + length)
-    ids = random.integers(0, 10, (batch, length))
-    return {"ids": ids, "weights": random.random((batch, length), dtype=np.float32)}
-
-
-def tensors(batch=2, length=5):
-    return tuple(torch.from_numpy(array) for array in arrays(batch, length).values())
-
-
-def dynamic_axes():
-    axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=16)}
-    return ((axes, axes),)
-
-
-def write_torchscript(named, path):
-    torch.jit.trace(named, tensors()).save(str(path))
-
-
-def write_onnx(named, path):
-    inputs, outputs = NAMES
-    program = torch.onnx.export(
-        named,
-        tensors(),
-        dynamo=True,
-        verbose=False,
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_shapes=dynamic_axes(),
-    )
-    buffer = io.BytesIO()
-    program.save(buffer)
-    path.write_bytes(buffer.getvalue())
-
-
-def write_pt2(named, path):
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("there is no C++ compiler")
-    program = torch.export.export(named, tensors(), dynamic_shapes=dynamic_axes())
-    # Without the option the package refuses a batch of one.
-    options = {"aot_inductor.check_lowerbound": False}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-
-
-def write_eager(named, path):
-    torch.save(named.module.state_dict(), path)
-    (path.parent / "source").mkdir()
-    (path.parent / "source" / f"{PACKAGE}.py").write_text(SOURCE)
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """A folder with an artifact of the tiny module, by format; each is made when it is first asked for."""
-    folders = {}
-
-    def build(format):
-        if format not in folders:
-            folder = tmp_path_factory.mktemp(format)
-            with quietly():
-                globals()[f"write_{format}"](NamedModule(module(), *NAMES), folder / FILES[format])
-            folders[format] = folder
-        return folders[format]
-
-    return build
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """Threads, imports and the path of this process, which a worker would keep to itself."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "0")
-    yield
-    torch.set_num_threads(threads)
-    sys.modules.pop(PACKAGE, None)
-
-
-def artifact(format, **changes):
-    fields = {"format": format, "precision": "fp32", "file": FILES[format]}
-    if format == "pt2":
-        fields["requires"] = {"torch": str(torch.__version__), "isa": cpu_isa()}
-    if format == "eager":
-        fields["module"] = ModuleSource(factory=f"{PACKAGE}:build", config={"width": 4})
-    return Artifact(**{**fields, **changes})
-
-
-def load(folder, format, *, signature=SIGNATURE, threads=1, **changes):
-    return build_backend(signature.with_artifact(artifact(format, **changes)), folder, threads=threads)
-
-
-def expected(batch):
-    with torch.inference_mode():
-        outputs = module()(torch.from_numpy(batch["weights"]), torch.from_numpy(batch["ids"]))
-    return {name: outputs[name].numpy() for name in NAMES[1]}
+pytestmark = pytest.mark.usefixtures("_process_as_it_was")
 
 
 @pytest.fixture(params=FORMATS)
@@ -206,15 +62,17 @@ class TestEveryFormat:
         backend.free_memory()
         np.testing.assert_array_equal(backend.run(batch)["pooled"], first["pooled"])
 
-    def test_the_gpu_is_handed_on(self, format, tmp_path, monkeypatch):
+    def test_the_gpu_and_the_largest_batch_are_handed_on(self, format, tmp_path, monkeypatch):
         given = []
         names = {"torchscript": "TorchScript", "onnx": "Onnx", "pt2": "Pt2", "eager": "Eager"}
         backend = f"handlers.{format}.{names[format]}Backend"
-        monkeypatch.setattr(backend, lambda path, *rest, **options: given.append((path.name, options["gpu"])))
+        monkeypatch.setattr(backend, lambda path, *rest, **options: given.append((path.name, options)))
         signature = SIGNATURE.with_artifact(artifact(format, device="cuda"))
-        build_backend(signature, tmp_path, threads=1, gpu=3, gpu_memory_bytes=1 << 30)
+        build_backend(signature, tmp_path, threads=1, gpu=3, gpu_memory_bytes=1 << 30, max_batch=8)
         build_backend(signature, tmp_path, threads=1)
-        assert given == [(FILES[format], 3), (FILES[format], None)]
+        assert [(name, options["gpu"]) for name, options in given] == [(FILES[format], 3), (FILES[format], None)]
+        graphs = [options.get("max_batch") for _, options in given]
+        assert graphs == ([None, None] if format == "torchscript" else [8, 0])
 
     def test_the_order_of_the_arrays_does_not_matter(self, built, format):
         backend = load(built(format), format)
@@ -344,70 +202,6 @@ class TestOnnx:
         backend = build_backend(signature.with_artifact(artifact), tmp_path, threads=1)
         np.testing.assert_allclose(backend.run({"x": np.ones((2, 64), np.float32)})["y"], 64, rtol=0.01)
 
-    def test_options_of_a_gpu_name_it_and_spare_its_memory(self):
-        options = {
-            "device_id": "3",
-            "cudnn_conv_algo_search": "HEURISTIC",
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",
-        }
-        assert cuda_options(3) == options
-        assert cuda_options(3, memory_bytes=1 << 30) == {**options, "gpu_mem_limit": "1073741824"}
-
-    @pytest.fixture
-    def on_gpu(self, built, monkeypatch):
-        """Loads for GPU 3, of which ONNX Runtime says whatever it is told to; in truth it is the CPU."""
-        import onnxruntime
-
-        def load_there(found="3", **options):
-            session, given = onnxruntime.InferenceSession, {}
-
-            def start(path, options, *, providers, provider_options):
-                given.update(providers=providers, options=provider_options)
-                return session(path, options, providers=["CPUExecutionProvider"])
-
-            monkeypatch.setattr("handlers.onnx._prepare_cuda", lambda onnxruntime, provider: None)
-            monkeypatch.setattr(onnxruntime, "InferenceSession", start)
-            monkeypatch.setattr(session, "get_providers", lambda self: ["CUDAExecutionProvider"])
-            monkeypatch.setattr(
-                session, "get_provider_options", lambda self: {"CUDAExecutionProvider": {"device_id": found}}
-            )
-            path = built("onnx") / FILES["onnx"]
-            return OnnxBackend(path, SIGNATURE, device="cuda", threads=1, gpu=3, **options), given
-
-        return load_there
-
-    def test_a_session_for_a_gpu_gets_its_options(self, on_gpu):
-        backend, given = on_gpu(gpu_memory_bytes=5)
-        assert given == {"providers": ["CUDAExecutionProvider"], "options": [cuda_options(3, memory_bytes=5)]}
-        assert backend.device == "cuda"
-
-    def test_another_gpu_than_the_one_asked_for_is_refused(self, on_gpu):
-        with pytest.raises(BackendError, match="ONNX Runtime chose GPU 0 instead of 3"):
-            on_gpu(found="0")
-
-    @pytest.mark.parametrize("staged", [True, False], ids=["torch for GPUs", "torch for the CPU"])
-    def test_bound_inputs_and_outputs_give_the_same(self, built, staged):
-        backend = load(built("onnx"), "onnx")
-        transfers = LateTransfers()
-        backend._staging = Staging(SIGNATURE, [transfers]) if staged else None
-        for size in [(1, 1), (3, 7), (2, 16), (1, 2)]:
-            batch = {name: np.asfortranarray(array) for name, array in arrays(*size).items()}
-            for array, name in zip(backend._run_bound(batch), NAMES[1], strict=True):
-                np.testing.assert_array_equal(array, backend.run(batch)[name])
-        # It computes on another stream: everything has to be there before.
-        assert not staged or transfers.events[-4:] == ["copy in", "copy in", "arrive", "exit"]
-        assert backend.lanes == 1
-
-    def test_bound_inputs_that_the_graph_has_no_use_for_are_left_out(self, built):
-        unused = TensorSpec(name="unused", dtype="float32", shape=("batch",))
-        signature = dataclasses.replace(SIGNATURE, inputs=(unused, *SIGNATURE.inputs))
-        backend = load(built("onnx"), "onnx", signature=signature)
-        backend._staging = Staging(signature, [LateTransfers(), LateTransfers()])
-        assert backend.lanes == 2
-        batch = {**arrays(), "unused": np.zeros(2, np.float32)}
-        np.testing.assert_allclose(backend._run_bound(batch)[0], expected(batch)["pooled"], rtol=1e-4, atol=1e-5)
-
     def test_another_provider_than_the_one_asked_for_is_refused(self, built, monkeypatch):
         import onnxruntime
 
@@ -491,38 +285,6 @@ class TestPt2:
                     target.writestr(name, b"text")
         assert CompiledContainer.of_package(path) is None
 
-    @pytest.mark.parametrize("gpu", [0, 3])
-    def test_code_for_a_gpu_is_loaded_there_and_only_launched_by_python(self, tmp_path, monkeypatch, gpu):
-        given = []
-
-        class Loader:
-            def __init__(self, *arguments):
-                given.append(arguments)
-
-            def get_metadata(self):
-                return {"AOTI_DEVICE_KEY": "cuda"}
-
-            def run(self, tensors):
-                return [tensors[1].sum(1), tensors[1]]
-
-        monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", Loader)
-        monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
-        monkeypatch.setattr(
-            "handlers.pt2.build_exchange", lambda signature, device: Staging(signature, [LateTransfers()])
-        )
-        path = tmp_path / "model.pt2"
-        backend = Pt2Backend(path, SIGNATURE, device="cuda", threads=1, gpu=gpu)
-        assert given == [(str(path), "model", False, 2, gpu)]
-        assert (backend.device, backend.holds_lock) == ("cuda", False)
-        # Its outputs lie on the CPU here.
-        with pytest.raises(BackendError, match=f"lie on cpu instead of cuda:{gpu}"):
-            backend.run(arrays())
-
-    def test_code_for_another_device_is_refused(self, built, monkeypatch):
-        monkeypatch.setattr("handlers.pt2.torch_device", torch.device)
-        with pytest.raises(BackendError, match=r"model\.pt2 was compiled for cpu, and the signature says cuda"):
-            load(built("pt2"), "pt2", device="cuda")
-
 
 class TestEager:
     def copy(self, built, tmp_path):
@@ -589,145 +351,6 @@ class TestEager:
             torch.save(content if content is not json else dataclasses.make_dataclass, file)
         with pytest.raises(BackendError, match=r"weights\.pt "):
             load(folder, "eager")
-
-
-class TestEagerOnGpu:
-    """The CPU stands in for it: what is copied, captured and replayed is the same."""
-
-    @pytest.fixture
-    def recorder(self, monkeypatch):
-        recorder = FakeRecorder()
-        monkeypatch.setattr("handlers.eager.torch_device", lambda name, gpu: torch.device("cpu"))
-        monkeypatch.setattr("handlers.staging.CudaTransfers", lambda device: LateTransfers())
-        monkeypatch.setattr("handlers.eager.CudaRecorder", lambda device, *, tune: recorder)
-        return recorder
-
-    def load(self, folder, *, max_batch, signature=SIGNATURE, **changes):
-        signature = signature.with_artifact(artifact("eager", device="cuda", **changes))
-        return build_backend(signature, folder, threads=1, max_batch=max_batch)
-
-    @pytest.mark.parametrize(("max_batch", "replays"), [(0, 0), (4, 1)])
-    def test_graphs_are_replayed_where_the_largest_batch_is_known(self, built, recorder, max_batch, replays):
-        backend = self.load(built("eager"), max_batch=max_batch)
-        outputs = backend.run(arrays(3, 5))
-        assert (recorder.captures, recorder.replays) == (max_batch and 3, replays)
-        assert list(outputs) == NAMES[1]
-        for name, right in expected(arrays(3, 5)).items():
-            np.testing.assert_allclose(outputs[name], right, rtol=1e-4, atol=1e-5)
-
-    def test_two_batches_may_be_under_way(self, built, recorder):
-        backend = self.load(built("eager"), max_batch=4)
-        assert backend.lanes == 2
-        # Two with the same graph, one with another, one without.
-        batches = [arrays(*shape) for shape in [(3, 5), (4, 3), (1, 9), (5, 5)]]
-        wrong = []
-
-        def ask(batch, right):
-            for _ in range(10):
-                if not np.allclose(backend.run(batch)["pooled"], right, rtol=1e-4, atol=1e-5):
-                    wrong.append(right.shape)
-
-        threads = [threading.Thread(target=ask, args=(batch, expected(batch)["pooled"])) for batch in batches]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert wrong == []
-        assert recorder.replays == 30
-
-    def test_larger_batches_run_plainly(self, built, recorder):
-        outputs = self.load(built("eager"), max_batch=4).run(arrays(5, 5))
-        assert recorder.replays == 0
-        np.testing.assert_allclose(outputs["pooled"], expected(arrays(5, 5))["pooled"], rtol=1e-4, atol=1e-5)
-
-    def test_the_weights_are_converted(self, built, recorder):
-        backend = self.load(built("eager"), max_batch=4, precision="bf16")
-        assert {weight.dtype for weight in backend._module.parameters()} == {torch.bfloat16}
-        outputs = backend.run(arrays())
-        assert outputs["pooled"].dtype == np.float32
-        np.testing.assert_allclose(outputs["pooled"], expected(arrays())["pooled"], atol=0.05)
-
-    @pytest.mark.parametrize("max_batch", [0, 2])
-    def test_convolutions_have_their_channels_last(self, tmp_path, recorder, max_batch):
-        layer = nn.Conv2d(3, 4, 3)
-        torch.save(layer.state_dict(), tmp_path / "weights.pt")
-        signature = Signature(
-            task=TENSOR,
-            inputs=(TensorSpec(name="input", dtype="float32", shape=("batch", 3, 6, 7)),),
-            outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 4, 4, 5)),),
-        )
-        config = {"in_channels": 3, "out_channels": 4, "kernel_size": 3}
-        source = ModuleSource(factory="torch.nn:Conv2d", config=config)
-        backend = self.load(tmp_path, max_batch=max_batch, signature=signature, module=source)
-        assert backend._module.module.weight.is_contiguous(memory_format=torch.channels_last)
-        batch = {"input": np.random.default_rng(0).random((2, 3, 6, 7), dtype=np.float32)}
-        seen = []
-        backend._module.module.register_forward_pre_hook(
-            lambda module, _, given: seen.append(given["input"].is_contiguous(memory_format=torch.channels_last)),
-            with_kwargs=True,
-        )
-        with torch.inference_mode():
-            right = layer(torch.from_numpy(batch["input"])).numpy()
-        np.testing.assert_allclose(backend.run(batch)["y"], right, rtol=1e-4, atol=1e-5)
-        assert seen == [True]
-        assert recorder.replays == bool(max_batch)
-
-
-class TestTorchDevice:
-    @pytest.fixture(autouse=True)
-    def _two_gpus(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-
-    @pytest.fixture(autouse=True)
-    def products(self):
-        """What is said of fp32, as it was before; torch may warn of how it is said."""
-        products = (torch.backends.cuda.matmul, torch.backends.cudnn)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            before = [own.allow_tf32 for own in products]
-            yield products
-            for own, value in zip(products, before, strict=True):
-                own.allow_tf32 = value
-
-    def test_fp32_is_computed_as_such_on_a_gpu(self, products):
-        for own in products:
-            own.allow_tf32 = True
-        torch_device("cpu")
-        assert all(own.allow_tf32 for own in products)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            torch_device("cuda")
-        assert not any(own.allow_tf32 for own in products)
-
-    def test_without_a_gpu_the_variable_that_hides_them_is_named(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-        with pytest.raises(BackendError, match=r"torch finds none here \(CUDA_VISIBLE_DEVICES is 7\); export it with"):
-            torch_device("cuda")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-        with pytest.raises(BackendError, match="torch finds none here; export it with"):
-            torch_device("cuda")
-
-    @pytest.mark.parametrize(("gpu", "index"), [(0, 0), (1, 1), (None, 1)])
-    def test_a_gpu_has_its_number(self, gpu, index):
-        assert torch_device("cuda", gpu) == torch.device("cuda", index)
-
-    @pytest.mark.parametrize("gpu", [2, -1])
-    def test_a_gpu_that_is_not_there_is_refused(self, gpu):
-        with pytest.raises(BackendError, match=f"to run on GPU {gpu}, and torch finds 2 here"):
-            torch_device("cuda", gpu)
-
-    def test_the_cpu_has_none(self):
-        assert torch_device("cpu", 1) == torch.device("cpu")
-
-    @pytest.mark.parametrize("there", ["cuda:1", "cpu"])
-    def test_weights_on_another_device_are_refused(self, there):
-        weights = [SimpleNamespace(device=torch.device("cuda:0")), SimpleNamespace(device=torch.device(there))]
-        check_device(weights[:1], torch.device("cuda", 0))
-        with pytest.raises(BackendError, match=f"weights lie on {there} instead of cuda:0; export it for cuda again"):
-            check_device(weights, torch.device("cuda", 0))
 
 
 def test_without_an_artifact_the_remedy_is_told(tmp_path):

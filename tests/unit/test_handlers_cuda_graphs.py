@@ -1,8 +1,5 @@
-import contextlib
 import dataclasses
-import itertools
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +7,7 @@ import torch
 from torch import nn
 
 from handlers.calling import NamedModule
-from handlers.cuda_graphs import MOST_GRAPHS, Bucket, CudaGraphs, CudaRecorder, _tuned, buckets, is_paddable
+from handlers.cuda_graphs import MOST_GRAPHS, Bucket, CudaGraphs, buckets, is_paddable
 from handlers.signature import TENSOR, Signature
 from handlers.staging import Staging
 from handlers.tensors import Axis, TensorSpec
@@ -55,9 +52,9 @@ def named(module, signature):
 def graphs(module=None, signature=TEXT, *, recorder=None, max_batch=6, **options):
     staging = Staging(signature, [LateTransfers()], channels_last=options.get("channels_last", False))
     recorder = recorder or FakeRecorder()
-    found = CudaGraphs(
-        named(module or Tokens(), signature), signature, staging, recorder, max_batch=max_batch, **options
-    )
+    model = named(module or Tokens(), signature)
+    recorder.model = lambda inputs: model(*inputs)
+    found = CudaGraphs(signature, staging, recorder, max_batch=max_batch, **options)
     return found, staging, recorder
 
 
@@ -243,7 +240,7 @@ class TestCaptureThatFails:
         ids=["values decide", "no memory"],
     )
     def test_the_model_runs_without_graphs_and_one_line_says_so(self, log, error, at):
-        found, _, recorder = graphs(recorder=FakeRecorder(error, at))
+        found, _, recorder = graphs(recorder=FakeRecorder(fails=error, at=at))
         assert recorder.captures == at
         assert found.captured == []
         assert found.run(text(2, 3)) is None
@@ -254,7 +251,7 @@ class TestCaptureThatFails:
 
     def test_the_log_has_the_first_of_two_errors(self, log):
         class FailsTwice(FakeRecorder):
-            def capture(self, run):
+            def capture(self, inputs):
                 try:
                     raise RuntimeError("the model looks at a value")
                 finally:
@@ -281,107 +278,3 @@ class TestCaptureThatFails:
         assert [record.getMessage() for record in log.records] == [
             "CUDA graphs took long to capture: the 10 smallest of 12 shapes of batches run without"
         ]
-
-
-class FakeCuda:
-    """What the recorder calls of ``torch.cuda``, in order."""
-
-    def __init__(self, monkeypatch):
-        self.events = []
-        self.current = self.stream_named("computing")
-        self._pools = itertools.count()
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream_named("recording"))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
-        for name in ("graph_pool_handle", "current_stream", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            monkeypatch.setattr(
-                torch._C, name, lambda *given, name=name: self.events.append((name, *given)), raising=False
-            )
-
-    def stream_named(self, name):
-        return SimpleNamespace(
-            name=name, wait_stream=lambda other: self.events.append(f"{name} waits for {other.name}")
-        )
-
-    def new_graph(self):
-        return SimpleNamespace(replay=lambda: self.events.append("replay"))
-
-    def graph_pool_handle(self):
-        return f"pool {next(self._pools)}"
-
-    def current_stream(self, device):
-        return self.current
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, *, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        self.events.append(f"capture on {stream.name} in {pool}")
-        yield
-        self.events.append("captured")
-
-
-class TestCudaRecorder:
-    def run(self, cuda, fails=False):
-        def run():
-            cuda.events.append(f"run on {cuda.current.name}")
-            if fails and any(str(event).startswith("capture on") for event in cuda.events):
-                raise RuntimeError("looks at a value")
-            return ["output"]
-
-        return run
-
-    def test_it_runs_first_where_it_then_records(self, monkeypatch):
-        cuda = FakeCuda(monkeypatch)
-        recorder = CudaRecorder(torch.device("cuda", 1), tune=False)
-        replay, outputs = recorder.capture(self.run(cuda))
-        assert outputs == ["output"]
-        assert cuda.events == [
-            "recording waits for computing",
-            *["run on recording"] * 3,
-            "capture on recording in pool 0",
-            "run on recording",
-            "captured",
-            "computing waits for recording",
-        ]
-        replay()
-        assert cuda.events[-1] == "replay"
-
-    def test_graphs_share_a_pool(self, monkeypatch):
-        cuda = FakeCuda(monkeypatch)
-        recorder = CudaRecorder(torch.device("cuda", 1), tune=False)
-        for _ in range(2):
-            recorder.capture(self.run(cuda))
-        assert cuda.events.count("capture on recording in pool 0") == 2
-
-    def test_a_capture_that_fails_is_forgotten_and_the_stream_is_as_it_was(self, monkeypatch):
-        cuda = FakeCuda(monkeypatch)
-        recorder = CudaRecorder(torch.device("cuda", 1), tune=True)
-        with pytest.raises(RuntimeError, match="looks at a value"):
-            recorder.capture(self.run(cuda, fails=True))
-        assert cuda.events[-2:] == [("_cuda_endAllocateToPool", 1, "pool 0"), ("_cuda_releasePool", 1, "pool 0")]
-        assert cuda.current.name == "computing"
-        assert torch.backends.cudnn.benchmark is False
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_cudnn_is_tuned_for_captures_only(monkeypatch, before, wanted):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-
-    def capture():
-        with _tuned(wanted):
-            assert torch.backends.cudnn.benchmark is (before or wanted)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        capture()
-    assert torch.backends.cudnn.benchmark is before

@@ -282,6 +282,12 @@ class TestInitialize:
         self.start(extracted)
         assert [options["gpu_memory_bytes"] for options in loaded] == [size]
 
+    @pytest.mark.parametrize(("setting", "wanted"), [("", True), ("1", True), ("0", False)])
+    def test_there_may_be_no_cuda_graphs(self, extracted, monkeypatch, loaded, setting, wanted):
+        monkeypatch.setenv("TORCHPORT_CUDA_GRAPHS", setting)
+        self.start(extracted)
+        assert [options["cuda_graphs"] for options in loaded] == [wanted]
+
     @pytest.mark.parametrize("wanted", [False, True])
     def test_jpeg_files_may_be_decoded_on_the_gpu(self, extracted, monkeypatch, loaded, wanted):
         monkeypatch.setenv("TORCHPORT_JPEG_ON_GPU", str(int(wanted)))

@@ -14,13 +14,13 @@ def read(section, **environment):
 @pytest.mark.parametrize("config", [None, {}, {"minWorkers": 2}, {"torchport": None}, {"torchport": {}}])
 def test_defaults_without_a_section(config):
     assert WorkerSettings.read(config, {}) == WorkerSettings(
-        threads=1, computing=0, max_batch=0, decoding=0, lanes=0, gpu_memory_mib=0, jpeg_on_gpu=0
+        threads=1, computing=0, max_batch=0, decoding=0, lanes=0, cuda_graphs=1, gpu_memory_mib=0, jpeg_on_gpu=0
     )
 
 
 def test_the_file_is_read():
     section = {"threads": 3, "computing": 2, "max_batch": 64, "decoding": 5}
-    section |= {"lanes": 1, "gpu_memory_mib": 9, "jpeg_on_gpu": 1}
+    section |= {"lanes": 1, "cuda_graphs": 0, "gpu_memory_mib": 9, "jpeg_on_gpu": 1}
     assert read(section) == WorkerSettings(**section)
 
 
@@ -51,6 +51,7 @@ def test_variables_of_others_are_ignored():
         ("max_batch", 0, 65536),
         ("decoding", 0, 1024),
         ("lanes", 0, 2),
+        ("cuda_graphs", 0, 1),
         ("gpu_memory_mib", 0, 1 << 24),
         ("jpeg_on_gpu", 0, 1),
     ],
