@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.errors import StartError
-from deploy.gpu import VISIBLE_DEVICES, collector_command, runs_on_gpu, usable_gpus
+from deploy.gpu import collector_command
+from deploy.placement import VISIBLE_DEVICES, runs_on_gpu, usable_gpus
 from deploy.ports import Ports
 
 CONFIG_FILE = "config.properties"
@@ -41,7 +42,9 @@ def read_properties(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def server_properties(ports: Ports, *, host: str, model_store: Path, models: Mapping[str, Path], scalable: bool) -> str:
+def server_properties(
+    ports: Ports, *, host: str, model_store: Path, models: Mapping[str, Path], scalable: bool, gpus: int | None = None
+) -> str:
     """The properties of one server.
 
     Args:
@@ -50,12 +53,10 @@ def server_properties(ports: Ports, *, host: str, model_store: Path, models: Map
         model_store: Folder of the archives.
         models: Archive file by model name.
         scalable: Whether the management API may change the number of workers.
+        gpus: For workers; None if no model runs on one. See :func:`count_gpus`.
 
     Returns:
         The text of a properties file.
-
-    Raises:
-        StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
     """
     overrides = {
         "inference_address": f"http://{host}:{ports.inference}",
@@ -67,34 +68,40 @@ def server_properties(ports: Ports, *, host: str, model_store: Path, models: Map
         "load_models": ",".join(f"{name}={path.name}" for name, path in models.items()),
         "metrics_config": str(METRICS_CONFIG),
         "enable_model_api": str(scalable).lower(),
-        **gpu_properties(models),
+        **_gpu_properties(gpus),
     }
     merged = {**read_properties(find_properties()), **overrides}
     return "".join(f"{key}={_escape(value)}\n" for key, value in merged.items())
 
 
-def gpu_properties(models: Mapping[str, Path]) -> dict[str, str]:
-    """How many GPUs TorchServe hands out to workers, in turn, and what reads their metrics.
+def count_gpus(models: Mapping[str, Path]) -> int | None:
+    """How many GPUs there are for the workers of some models.
 
     Args:
         models: Archive file by model name.
 
     Returns:
-        Properties that replace those of the project's file.
+        None if no model runs on one.
 
     Raises:
         StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
     """
     if not any(runs_on_gpu(path) for path in models.values()):
-        # TorchServe would give every worker one that it makes no use of, and ask nvidia-smi about each at every look.
-        return {"number_of_gpu": "0"}
+        return None
     try:
-        gpus = usable_gpus(os.environ)
+        return usable_gpus(os.environ)
     except ValueError as error:
         raise StartError(
             f"{error}, and TorchServe 0.12 reads only numbers there; name the GPUs by their numbers, such as "
             f"{VISIBLE_DEVICES}=0,1, or unset it"
         ) from error
+
+
+def _gpu_properties(gpus: int | None) -> dict[str, str]:
+    """How many GPUs TorchServe hands out to workers, and what reads their metrics; see :func:`count_gpus`."""
+    if gpus is None:
+        # TorchServe would give every worker one that it makes no use of, and ask nvidia-smi about each at every look.
+        return {"number_of_gpu": "0"}
     if not gpus:
         return {}  # a worker says better what is missing
     return {

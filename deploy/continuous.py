@@ -7,16 +7,13 @@ TorchServe 0.12.0 loses requests in this mode (``frontend_classes.py``). See doc
 
 from __future__ import annotations
 
-import os
-import zipfile
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
 from deploy.frontend_classes import is_known_release
 from export.archive import CONFIG_FILE, Archive
-from export.zip_form import add_entry, entry_chunks
-from handlers.digests import DIGESTS_FILE, digests_document, parse_digests, sha256
 
 # Requests that all workers of a model hold; what comes beyond them waits in the model's queue, which is bounded too.
 IN_FLIGHT = 256
@@ -49,28 +46,13 @@ def in_flight(workers: int) -> int:
     return max(_LEAST_OF_A_WORKER, IN_FLIGHT // workers)
 
 
-def make_continuous(path: Path, *, in_flight: int = IN_FLIGHT) -> None:
-    """Change a server's own copy of a verified archive: its settings, and their digest.
+def settings(config: Mapping[str, Any], *, in_flight: int = IN_FLIGHT) -> dict[str, Any]:
+    """The settings of a model that is served continuously.
 
     Args:
-        path: The copy.
+        config: Its model-config.yaml.
         in_flight: Requests that each worker holds at most.
-
-    Raises:
-        OSError: If it cannot be read or written.
     """
-    changed = path.with_suffix(".continuous")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w", zipfile.ZIP_STORED) as target:
-        config = yaml.safe_load(source.read(CONFIG_FILE))
-        section = dict(config.get("torchport") or {})
-        section.setdefault("max_batch", config.get("batchSize") or 0)
-        config |= {"asyncCommunication": True, "batchSize": in_flight, "torchport": section}
-        settings = yaml.safe_dump(config, sort_keys=False).encode()
-        recorded = parse_digests(source.read(DIGESTS_FILE))
-        digests = digests_document({**recorded.files, CONFIG_FILE: sha256([settings])}, recorded.manifest)
-        replaced = {CONFIG_FILE: settings, DIGESTS_FILE: digests}
-        for name in sorted(source.namelist()):
-            own = replaced.get(name)
-            chunks = entry_chunks(source, name) if own is None else [own]
-            add_entry(target, name, chunks, source.getinfo(name).file_size if own is None else len(own))
-    os.replace(changed, path)
+    section = dict(config.get("torchport") or {})
+    section.setdefault("max_batch", config.get("batchSize") or 0)
+    return {**config, "asyncCommunication": True, "batchSize": in_flight, "torchport": section}

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, read from NVIDIA's driver: how many TorchServe may use, and what they are doing.
+"""The GPUs of this machine and what they are doing, read from NVIDIA's driver.
 
 TorchServe 0.12 reads its GPU metrics with the packages nvgpu and pynvml, which it does not install. Without them its
 collector ends in a traceback every minute, and gives no metrics at all, not even the CPU's. ``python -m deploy.gpu``
@@ -10,30 +10,23 @@ every GPU.
 from __future__ import annotations
 
 import ctypes
-import json
 import socket
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
-
-# Of an archive; not imported from handlers.model, which a collector that starts every few seconds can do without.
-_SIGNATURE_FILE = "signature.json"
 _LIBRARIES = ("libnvidia-ml.so.1", "/usr/local/nvidia/lib64/libnvidia-ml.so.1")
 _NVIDIA_SMI = "nvidia-smi"
 _SMI_QUERY = "index,name,utilization.gpu,memory.used,memory.total"
 _TIMEOUT_S = 10
 _MIB = 2**20
 _NAME_LENGTH = 96
-_PLACE = "gpuId::"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,37 +146,6 @@ def collector_command() -> str:
     return "-P -m deploy.gpu" if any(map(str.isspace, path)) else f"-P {path}"
 
 
-def runs_on_gpu(archive: Path) -> bool:
-    """Whether an archive is one for GPUs; one that cannot be read is for TorchServe to refuse."""
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            document = json.loads(opened.read(_SIGNATURE_FILE))
-        return bool(document["artifact"]["device"] == "cuda")
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError):
-        return False
-
-
-def usable_gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs CUDA shows to a process with this environment.
-
-    Raises:
-        ValueError: If the variable names GPUs otherwise than by numbers: TorchServe 0.12 does not start then.
-    """
-    present = len(read_gpus())
-    visible = environment.get(VISIBLE_DEVICES)
-    if visible is None:
-        return present
-    words = [word.strip() for word in visible.split(",")] if visible.strip() else []
-    if any(not word.removeprefix("-").isdecimal() for word in words):
-        raise ValueError(f"{VISIBLE_DEVICES} is {visible!r}")
-    usable = 0
-    for word in words:  # CUDA stops at the first that is not there
-        if not 0 <= int(word) < present:
-            break
-        usable += 1
-    return usable
-
-
 def metric_lines(gpus: Iterable[Gpu], *, host: str, timestamp_s: int) -> Iterator[str]:
     """The metrics as TorchServe's frontend parses them, under the names that its own collector gives them."""
     for gpu in gpus:
@@ -205,33 +167,6 @@ def worker_lines(pids: Sequence[str]) -> Iterator[str]:
             yield f"{pid}:{psutil.Process(int(pid)).memory_info().rss}"
         except (ValueError, psutil.Error):  # it ended just now
             continue
-
-
-def gpu_of(worker: Mapping[str, Any]) -> int | None:
-    """The GPU that TorchServe gave to a worker.
-
-    Args:
-        worker: One of the ``workers`` that its management API lists.
-
-    Returns:
-        A number from 0 among the GPUs that CUDA shows; None if the worker has none, or TorchServe does not say.
-    """
-    if not worker.get("gpu"):
-        return None
-    word = str(worker.get("gpuUsage", "")).partition(_PLACE)[2].split(maxsplit=1)
-    return int(word[0]) if word and word[0].isdecimal() else None
-
-
-def placement(workers: Sequence[Mapping[str, Any]]) -> str:
-    """Where a model's workers run, in words; empty if none of them is known to run on a GPU."""
-    places: dict[int, int] = {}
-    for worker in workers:
-        gpu = gpu_of(worker)
-        if gpu is not None:
-            places[gpu] = places.get(gpu, 0) + 1
-    return ", ".join(
-        f"{number} worker{'s' if number > 1 else ''} on GPU {gpu}" for gpu, number in sorted(places.items())
-    )
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -21,10 +22,11 @@ import httpx
 import psutil
 
 from deploy import continuous, frontend_classes
-from deploy.configuration import LOG_CONFIG, server_properties
+from deploy.archive_copy import change_settings
+from deploy.configuration import LOG_CONFIG, count_gpus, server_properties
 from deploy.errors import StartError, StateError
-from deploy.gpu import placement
 from deploy.java import find_java
+from deploy.placement import Placement, in_words, runs_on_gpu
 from deploy.ports import LOOPBACK, Ports, check_host
 from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
@@ -142,6 +144,7 @@ class TorchServe:
             PortError: If the host is none of this machine.
             StateError: If another server has the state folder, or it cannot be used.
             ArchiveError: If an archive was replaced after it was verified.
+            StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
         """
         try:
             self._start()
@@ -173,8 +176,8 @@ class TorchServe:
             # A copy, not a link, and one that has the verified digest: what was verified is what is loaded, whatever
             # happened to the original meanwhile.
             archive.copy(models[archive.name])
-            if archive.name in self._continuous:
-                continuous.make_continuous(models[archive.name], in_flight=continuous.in_flight(self._workers or 1))
+        gpus = count_gpus(models)
+        self._change_settings(models, gpus or 0)
         self._taken.callback(frontend_classes.remove, self.state.folder)
         self._drains = frontend_classes.install(self.state.folder, continuous=bool(self._continuous))
         config = self.state.folder / "config.properties"
@@ -184,6 +187,7 @@ class TorchServe:
             model_store=store,
             models=models,
             scalable=self._workers is not None,
+            gpus=gpus,
         )
         try:
             config.write_text(properties, encoding="utf-8")
@@ -221,6 +225,20 @@ class TorchServe:
             )
         self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout, log), daemon=True)
         self._reader.start()
+
+    def _change_settings(self, models: Mapping[str, Path], gpus: int) -> None:
+        """Give the copies of the archives the settings of this server."""
+        placement = Placement(gpus, self._workers)
+        for name, path in models.items():
+            changes: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
+            if name in self._continuous:
+                changes.append(
+                    functools.partial(continuous.settings, in_flight=continuous.in_flight(self._workers or 1))
+                )
+            if gpus > 1 and runs_on_gpu(path):
+                changes.append(placement.settings)
+            if changes:
+                change_settings(path, changes)
 
     def _read_log(self, stream: IO[str], log: IO[str]) -> None:
         """Copy the log, and remember what matters to somebody who waits."""
@@ -267,7 +285,7 @@ class TorchServe:
                     self._scale()
                     scaled = True
                 elif all(self._all_ready(found) for found in workers.values()):
-                    self.places = {name: placement(found) for name, found in workers.items()}
+                    self.places = {name: in_words(found) for name, found in workers.items()}
                     self.state.write()
                     return
             time.sleep(_POLL_S)

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import shlex
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from deploy import container
+from deploy.archive_copy import change_settings
 from deploy.container import ArchiveFaultError, NotReadyError, check_archives, check_ready, main
-from deploy.continuous import in_flight, make_continuous
+from deploy.continuous import in_flight, settings
 from deploy.frontend_classes import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,7 +261,7 @@ def test_the_copy_is_the_one_that_torchport_serve_makes(tmp_path, capsys, worker
     copy = tmp_path / "store" / "digits.mar"
     check_archives([copy])
     assert path.read_bytes() == before
-    make_continuous(path, in_flight=in_flight(workers))
+    change_settings(path, [functools.partial(settings, in_flight=in_flight(workers))])
     ours, torchports = contents(copy), contents(path)
     assert yaml.safe_load(ours["model-config.yaml"])["asyncCommunication"] is True
     assert json.loads(ours.pop("digests.json")) == json.loads(torchports.pop("digests.json"))

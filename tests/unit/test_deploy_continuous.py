@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ import pytest
 import yaml
 
 import deploy
-from deploy.continuous import IN_FLIGHT, make_continuous, obstacle
+from deploy.archive_copy import change_settings
+from deploy.continuous import IN_FLIGHT, obstacle, settings
 from deploy.errors import StartError
 from deploy.frontend_classes import CLASSES, install, is_known_release, remove
 from export.archive import CONFIG_FILE, Archive, ArchiveFiles, open_archive, write_archive
@@ -56,6 +58,10 @@ def by_hand(files: ArchiveFiles, folder: Path) -> Path:
     return folder / "digits.mar"
 
 
+def make_continuous(path: Path, **options: int) -> None:
+    change_settings(path, [functools.partial(settings, **options)])
+
+
 FORMS = pytest.mark.parametrize("write", [canonical, by_hand])
 
 
@@ -77,7 +83,7 @@ class TestMakeContinuous:
             CONFIG_FILE,
             DIGESTS_FILE,
         }
-        assert sorted(name.name for name in tmp_path.glob("*.continuous")) == []
+        assert sorted(name.name for name in tmp_path.glob("*.changed")) == []
 
     @FORMS
     def test_a_worker_accepts_the_copy_and_still_notices_changes(

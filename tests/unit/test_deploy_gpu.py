@@ -1,15 +1,13 @@
-"""GPUs as the driver tells of them, the metrics that TorchServe reads, and where its workers run."""
+"""GPUs as the driver tells of them, and the metrics that TorchServe reads."""
 
 from __future__ import annotations
 
 import ctypes
 import io
-import json
 import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ import pytest
 import yaml
 
 from deploy import gpu
-from deploy.configuration import METRICS_CONFIG, gpu_properties
-from deploy.errors import StartError
-from deploy.gpu import Gpu, collector_command, gpu_of, metric_lines, placement, read_gpus, runs_on_gpu, usable_gpus
+from deploy.configuration import METRICS_CONFIG
+from deploy.gpu import Gpu, collector_command, metric_lines, read_gpus
 
 # What TorchServe 0.12.0's frontend parses a metric with (org.pytorch.serve.metrics.Metric).
 METRIC = re.compile(
@@ -43,12 +40,6 @@ def put_nvidia_smi(folder: Path, script: str) -> None:
     command = folder / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     command.chmod(0o755)
-
-
-def archive(path: Path, device: str | None) -> Path:
-    with zipfile.ZipFile(path, "w") as opened:
-        opened.writestr("signature.json", json.dumps({"artifact": {"device": device}} if device else {}))
-    return path
 
 
 class Nvml:
@@ -118,15 +109,6 @@ def test_without_a_driver_there_is_no_gpu(without_driver: Path, script: str | No
     assert read_gpus() == []
 
 
-@pytest.mark.parametrize(
-    ("visible", "usable"), [(None, 2), ("0,1", 2), (" 1 ", 1), ("", 0), ("-1", 0), ("0,7,1", 1), ("5", 0)]
-)
-def test_as_many_gpus_are_used_as_cuda_shows(monkeypatch: pytest.MonkeyPatch, visible: str | None, usable: int) -> None:
-    monkeypatch.setattr(gpu, "read_gpus", lambda: TWO)
-    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert usable_gpus(environment) == usable
-
-
 def test_metrics_are_what_the_frontend_parses_and_what_is_declared() -> None:
     lines = list(metric_lines(TWO, host="machine", timestamp_s=1_800_000_000))
     assert lines[0] == "GPUUtilization.Percent:37.00|#Level:Host,device_id:0|#hostname:machine,1800000000"
@@ -175,62 +157,3 @@ def test_the_collector_starts_anywhere_without_torch(tmp_path: Path) -> None:
 def test_a_path_with_a_space_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "__file__", "/home/a user/deploy/gpu.py")
     assert collector_command() == "-P -m deploy.gpu"
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False), (None, False)])
-def test_an_archive_says_where_it_runs(tmp_path: Path, device: str | None, expected: bool) -> None:
-    assert runs_on_gpu(archive(tmp_path / "a.mar", device)) is expected
-
-
-def test_what_is_no_archive_runs_nowhere(tmp_path: Path) -> None:
-    (tmp_path / "a.mar").write_bytes(b"an archive")
-    assert not runs_on_gpu(tmp_path / "a.mar")
-    assert not runs_on_gpu(tmp_path / "missing.mar")
-
-
-def test_a_model_for_gpus_gets_all_of_them_and_their_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "read_gpus", lambda: TWO)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    models = {"text": archive(tmp_path / "text.mar", "cpu"), "images": archive(tmp_path / "images.mar", "cuda")}
-    assert gpu_properties(models) == {
-        "number_of_gpu": "2",
-        "disable_system_metrics": "false",
-        "system_metrics_cmd": collector_command(),
-        "metric_time_interval": "15",
-    }
-    assert gpu_properties({"text": models["text"]}) == {"number_of_gpu": "0"}
-
-
-def test_without_a_gpu_the_worker_is_left_to_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "read_gpus", list)
-    assert gpu_properties({"images": archive(tmp_path / "images.mar", "cuda")}) == {}
-
-
-def test_gpus_that_are_not_named_by_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2b,GPU-11")
-    with pytest.raises(StartError, match=r"CUDA_VISIBLE_DEVICES is 'GPU-8f2b,GPU-11', .* such as CUDA_VISIBLE_DEV"):
-        gpu_properties({"images": archive(tmp_path / "images.mar", "cuda")})
-
-
-def worker(usage: str | None, *, on_gpu: bool = True) -> dict[str, object]:
-    return {"id": "9000", "status": "READY", "gpu": on_gpu, **({} if usage is None else {"gpuUsage": usage})}
-
-
-@pytest.mark.parametrize(
-    ("described", "expected"),
-    [
-        (worker("gpuId::1 utilization.gpu [%]::3 % memory.used [MiB]::1024 MiB"), 1),
-        (worker("gpuId::12"), 12),
-        (worker("N/A", on_gpu=False), None),
-        (worker("failed to obtained gpu usage"), None),
-        (worker(None), None),
-    ],
-)
-def test_torchserve_says_where_a_worker_runs(described: dict[str, object], expected: int | None) -> None:
-    assert gpu_of(described) == expected
-
-
-def test_placement_in_words() -> None:
-    places = [worker(f"gpuId::{index} x") for index in (1, 0, 1)]
-    assert placement(places) == "1 worker on GPU 0, 2 workers on GPU 1"
-    assert placement([worker("N/A", on_gpu=False)]) == ""

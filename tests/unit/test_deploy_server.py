@@ -118,6 +118,34 @@ def test_a_server_is_found_while_it_runs_and_leaves_nothing(scene: Scene) -> Non
         find_server(port)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "scheduling", "changes"),
+    [
+        (None, "continuous", ["settings"]),
+        (1, "continuous", ["settings"]),
+        (2, "continuous", ["settings", "Placement.settings"]),
+        (2, "batches", ["Placement.settings"]),
+        (1, "batches", []),
+    ],
+)
+def test_a_model_for_gpus_is_told_which_where_there_are_several(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, gpus: int | None, scheduling: str, changes: list[str]
+) -> None:
+    given: list[str] = []
+
+    def change(path: Path, changes: list[Any]) -> None:
+        given.extend(getattr(change, "func", change).__qualname__ for change in changes)
+
+    monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None)
+    monkeypatch.setattr("deploy.server.count_gpus", lambda models: gpus)
+    monkeypatch.setattr("deploy.server.runs_on_gpu", lambda path: gpus is not None)
+    monkeypatch.setattr("deploy.server.change_settings", change)
+    with scene.server(scheduling=scheduling) as server:
+        server.wait_until_ready(READY_TIMEOUT_S)
+        assert scene.seen()["config"].get("number_of_gpu") == str(gpus or 0)
+    assert given == changes
+
+
 def test_a_full_disk_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *arguments: Any, **options: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -381,9 +409,7 @@ def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, scheduling: str, possible: bool
 ) -> None:
     monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None if possible else "of a test")
-    monkeypatch.setattr(
-        "deploy.continuous.make_continuous", lambda path, *, in_flight: path.write_bytes(b"a continuous one")
-    )
+    monkeypatch.setattr("deploy.server.change_settings", lambda path, changes: path.write_bytes(b"a continuous one"))
     wanted = possible and scheduling == "continuous"
     left = scene.server().state.folder / min(BY_SCHEDULING)
     left.parent.mkdir(parents=True)
