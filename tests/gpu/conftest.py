@@ -1,7 +1,7 @@
 """Tests that need a GPU. Without one they are skipped, or rehearsed on the CPU with TORCHPORT_GPU_TESTS_ON=cpu."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,9 +76,12 @@ def candidate(
     return get
 
 
-@pytest.fixture(autouse=True, scope="session")
-def converting_here() -> None:
-    """Convert in this process: a new one would import torch again for each of dozens of artifacts."""
+@pytest.fixture(autouse=True, scope="module")
+def converting_here() -> Iterator[None]:
+    """Convert in this process: a new one would import torch again for each of dozens of artifacts.
+
+    Not for the session: tests of other folders would convert here, too, and not write the same bytes.
+    """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
     patch = pytest.MonkeyPatch()
     patch.setattr("export.candidate.convert_in_fresh_process", convert_in_this_process)
