@@ -125,6 +125,8 @@ class ContinuousWorker:
         self._room = Room(_MOST_HELD_BYTES)
         # By thread, when it began with the request that it decodes.
         self._decoding: dict[int, float] = {}
+        # By thread, when the batch that it computes should be done.
+        self._done_at: dict[int, float] = {}
         self._closed = False
         self._ended = threading.Event()
 
@@ -275,13 +277,19 @@ class ContinuousWorker:
         return round_
 
     def _run(self, places: _Places, samples: list[TensorBatch]) -> None:
-        expected = time.monotonic() + self._model.expected_seconds(samples)
+        # What the other thread has begun with is computed first, where two are under way.
+        begins = max([time.monotonic(), *list(self._done_at.values())])
+        expected = begins + self._model.expected_seconds(samples)
         late = [held.deadline < expected for held, _ in places]
         if any(late):
             places, samples = self._shed(places, samples, late)
             if not samples:
                 return
-        rows = self._model.run(samples)
+        self._done_at[threading.get_ident()] = expected
+        try:
+            rows = self._model.run(samples)
+        finally:
+            del self._done_at[threading.get_ident()]
         if len(places) <= _MOST_ANSWERED_AT_ONCE and not (self._waiting or self._backlog or self._computed):
             # There is nothing else to compute: the other thread would have to wake up first.
             self._send([(places, rows)])

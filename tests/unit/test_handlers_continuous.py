@@ -556,6 +556,22 @@ class TestLanes:
         assert {i for i, status in found.items() if status == 503} == set(range(0, 60, 3))
         assert set(found.values()) == {200, 503}
 
+    def test_what_the_other_computes_counts_as_waiting(self, run, model, backend, gates):
+        worker = run(model, lanes=2)
+        model._cost = CostModel(call=1000.0)  # seconds a batch, it believes
+        worker.send(of_length("first", 9))
+        self.until(lambda: 9 in backend.entered_lengths)
+        worker.send(
+            of_length("too late behind it", 3, **{"X-Request-Timeout-Ms": "1500000"}),
+            of_length("in time", 3, **{"X-Request-Timeout-Ms": "2500000"}),
+        )
+        assert {id: status for id, status, _ in worker.answers(2)} == {"too late behind it": 503, "in time": 200}
+        gates[9].set()
+        worker.answers(1)
+        # Nothing is ahead any more.
+        worker.send(of_length("alone", 3, **{"X-Request-Timeout-Ms": "1500000"}))
+        assert worker.answers(1)[0][:2] == ("alone", 200)
+
     @pytest.mark.parametrize(("first", "last"), [(5, 9), (9, 5)])
     def test_what_computes_is_waited_for_when_the_connection_closes(self, run, model, backend, gates, first, last):
         worker = run(model, lanes=2)
