@@ -84,7 +84,8 @@ def count_gpus(models: Mapping[str, Path]) -> int | None:
         None if no model runs on one.
 
     Raises:
-        StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
+        StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read, or their driver
+            does not answer.
     """
     if not any(runs_on_gpu(path) for path in models.values()):
         return None
@@ -94,6 +95,10 @@ def count_gpus(models: Mapping[str, Path]) -> int | None:
         raise StartError(
             f"{error}, and TorchServe 0.12 reads only numbers there; name the GPUs by their numbers, such as "
             f"{VISIBLE_DEVICES}=0,1, or unset it"
+        ) from error
+    except TimeoutError as error:
+        raise StartError(
+            f"{error}, and a model needs a GPU; try nvidia-smi, and where it is silent too, restart the machine"
         ) from error
 
 

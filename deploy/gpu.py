@@ -5,17 +5,22 @@ collector ends in a traceback every minute, and gives no metrics at all, not eve
 stands in for that collector (``system_metrics_cmd``). It asks the driver's own library (NVML) through ctypes, or the
 command nvidia-smi where that library is not found, and never torch, which would take a context of some hundred MiB on
 every GPU.
+
+A driver in trouble may never return from a call, and its processes may not even be killed. So a server asks the library
+in a process of its own, ``python deploy/gpu.py --list``, and goes on without it when its time is over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,12 @@ import psutil
 _LIBRARIES = ("libnvidia-ml.so.1", "/usr/local/nvidia/lib64/libnvidia-ml.so.1")
 _NVIDIA_SMI = "nvidia-smi"
 _SMI_QUERY = "index,name,utilization.gpu,memory.used,memory.total"
-_TIMEOUT_S = 10
+_LIST = "--list"
+# The collector's, which is started every 15 s.
+_TIMEOUT_S = 10.0
+# A server's: without NVIDIA's persistence daemon a driver initialises every GPU when it is asked, some seconds each.
+_PATIENCE_S = 30.0
+_KILL_TIMEOUT_S = 1.0
 _MIB = 2**20
 _NAME_LENGTH = 96
 
@@ -50,16 +60,38 @@ class Gpu:
 
 
 def read_gpus() -> list[Gpu]:
-    """All GPUs of this machine; none where there is no driver, or it does not answer."""
-    for name in _LIBRARIES:
+    """All GPUs of this machine; none where there is no driver, or nvidia-smi does not answer.
+
+    The driver's library runs in this process, which waits for it for ever: see :func:`read_gpus_in_time`.
+    """
+    gpus = _from_libraries(_LIBRARIES)
+    if gpus is None:
+        with contextlib.suppress(TimeoutError):
+            gpus = _from_nvidia_smi(_TIMEOUT_S)
+    return gpus or []
+
+
+def read_gpus_in_time(timeout_s: float = _PATIENCE_S) -> list[Gpu]:
+    """All GPUs of this machine, asked from outside of this process; none where there is no driver.
+
+    Args:
+        timeout_s: For the driver's library, and as long again for nvidia-smi, which is asked when it says nothing.
+
+    Raises:
+        TimeoutError: If one of them is silent for so long, and the other says nothing either: there may be a GPU.
+    """
+    late: TimeoutError | None = None
+    for ask in (_from_child, _from_nvidia_smi):
         try:
-            library = ctypes.CDLL(name)
-        except OSError:
+            gpus = ask(timeout_s)
+        except TimeoutError as error:
+            late = error
             continue
-        gpus = _from_nvml(library)
         if gpus is not None:
             return gpus
-    return _from_nvidia_smi()
+    if late is not None:
+        raise late
+    return []
 
 
 class _Utilisation(ctypes.Structure):
@@ -72,6 +104,18 @@ class _Memory(ctypes.Structure):
     """nvmlMemory_t."""
 
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def _from_libraries(names: Sequence[str]) -> list[Gpu] | None:
+    """What the first of the driver's libraries that works says; None if none does."""
+    for name in names:
+        try:
+            gpus = _from_nvml(ctypes.CDLL(name))
+        except (OSError, AttributeError):  # it is not there; it lacks a function
+            continue
+        if gpus is not None:
+            return gpus
+    return None
 
 
 def _from_nvml(library: Any) -> list[Gpu] | None:
@@ -104,19 +148,27 @@ def _device(library: Any, index: int) -> Gpu:
     )
 
 
-def _from_nvidia_smi() -> list[Gpu]:
-    try:
-        done = subprocess.run(
-            [_NVIDIA_SMI, f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+def _from_child(timeout_s: float) -> list[Gpu] | None:
+    """What the libraries say in a process of their own; None if none works.
+
+    Raises:
+        TimeoutError: If they do not return in time.
+    """
+    printed = _output([sys.executable, "-P", str(Path(__file__).resolve()), _LIST, *_LIBRARIES], timeout_s)
+    listed = None if printed is None else json.loads(printed)
+    return None if listed is None else [Gpu(**fields) for fields in listed]
+
+
+def _from_nvidia_smi(timeout_s: float) -> list[Gpu] | None:
+    """What nvidia-smi says; None if it is not there, or fails.
+
+    Raises:
+        TimeoutError: If it does not end in time.
+    """
+    printed = _output([_NVIDIA_SMI, f"--query-gpu={_SMI_QUERY}", "--format=csv,noheader,nounits"], timeout_s)
+    if printed is None:
+        return None
+    rows = [[field.strip() for field in line.split(",")] for line in printed.splitlines()]
     # A warning may stand among the lines.
     return [
         Gpu(
@@ -129,6 +181,34 @@ def _from_nvidia_smi() -> list[Gpu]:
         for row in rows
         if len(row) == len(_SMI_QUERY.split(",")) and row[0].isdecimal()
     ]
+
+
+def _output(command: Sequence[str], timeout_s: float) -> str | None:
+    """What a command prints; None if it is not there, or fails.
+
+    Raises:
+        TimeoutError: If it does not end in time.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+    except OSError:
+        return None
+    try:
+        printed, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        # Inside the driver it cannot be killed: subprocess.run would wait for its end.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_KILL_TIMEOUT_S)
+        raise TimeoutError(f"NVIDIA's driver has not answered within {timeout_s:g} s") from error
+    return printed if process.returncode == 0 else None
 
 
 def _number(text: str) -> float | None:
@@ -169,8 +249,16 @@ def worker_lines(pids: Sequence[str]) -> Iterator[str]:
             continue
 
 
-def main() -> None:
-    """Stand in for TorchServe's collector: read the workers' process ids, print metrics and what each worker holds."""
+def main(arguments: Sequence[str]) -> None:
+    """Stand in for TorchServe's collector: read the workers' process ids, print metrics and what each worker holds.
+
+    Args:
+        arguments: None; or ``--list`` and the names of libraries, to print in JSON what these say of the GPUs instead.
+    """
+    if arguments[:1] == [_LIST]:
+        gpus = _from_libraries(arguments[1:])
+        print(json.dumps(None if gpus is None else [asdict(gpu) for gpu in gpus]))
+        return
     pids = sys.stdin.readline().strip().split(",")
     for line in metric_lines(read_gpus(), host=socket.gethostname(), timestamp_s=int(time.time())):
         print(line)
@@ -180,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.gpu import read_gpus
+from deploy.gpu import read_gpus_in_time
 from handlers.model import SIGNATURE_FILE
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -62,14 +62,15 @@ def usable_gpus(environment: Mapping[str, str]) -> int:
 
     Raises:
         ValueError: If the variable names GPUs otherwise than by numbers: TorchServe 0.12 does not start then.
+        TimeoutError: If their driver does not answer.
     """
-    present = len(read_gpus())
     visible = environment.get(VISIBLE_DEVICES)
     if visible is None:
-        return present
+        return len(read_gpus_in_time())
     words = [word.strip() for word in visible.split(",")] if visible.strip() else []
     if any(not word.removeprefix("-").isdecimal() for word in words):
         raise ValueError(f"{VISIBLE_DEVICES} is {visible!r}")
+    present = len(read_gpus_in_time())
     usable = 0
     for word in words:  # CUDA stops at the first that is not there
         if not 0 <= int(word) < present:

@@ -144,7 +144,8 @@ class TorchServe:
             PortError: If the host is none of this machine.
             StateError: If another server has the state folder, or it cannot be used.
             ArchiveError: If an archive was replaced after it was verified.
-            StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read.
+            StartError: If a model needs a GPU, and they are named in a way that TorchServe cannot read, or their driver
+                does not answer.
         """
         try:
             self._start()

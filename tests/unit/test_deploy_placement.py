@@ -47,7 +47,7 @@ def gpu_settings(folder: Path, gpus: int | None) -> dict[str, str]:
     ("visible", "usable"), [(None, 2), ("0,1", 2), (" 1 ", 1), ("", 0), ("-1", 0), ("0,7,1", 1), ("5", 0)]
 )
 def test_as_many_gpus_are_used_as_cuda_shows(monkeypatch: pytest.MonkeyPatch, visible: str | None, usable: int) -> None:
-    monkeypatch.setattr(placement, "read_gpus", lambda: TWO)
+    monkeypatch.setattr(placement, "read_gpus_in_time", lambda: TWO)
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert usable_gpus(environment) == usable
 
@@ -64,7 +64,7 @@ def test_what_is_no_archive_runs_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_model_for_gpus_gets_all_of_them_and_their_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "read_gpus", lambda: TWO)
+    monkeypatch.setattr(placement, "read_gpus_in_time", lambda: TWO)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     models = {"text": archive(tmp_path / "text.mar", "cpu"), "images": archive(tmp_path / "images.mar", "cuda")}
     assert count_gpus(models) == 2
@@ -79,7 +79,7 @@ def test_a_model_for_gpus_gets_all_of_them_and_their_metrics(tmp_path: Path, mon
 
 
 def test_without_a_gpu_the_worker_is_left_to_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "read_gpus", list)
+    monkeypatch.setattr(placement, "read_gpus_in_time", list)
     assert count_gpus({"images": archive(tmp_path / "images.mar", "cuda")}) == 0
     assert gpu_settings(tmp_path, 0) == {}
 
@@ -88,6 +88,23 @@ def test_gpus_that_are_not_named_by_numbers_are_refused(tmp_path: Path, monkeypa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f2b,GPU-11")
     with pytest.raises(StartError, match=r"CUDA_VISIBLE_DEVICES is 'GPU-8f2b,GPU-11', .* such as CUDA_VISIBLE_DEV"):
         count_gpus({"images": archive(tmp_path / "images.mar", "cuda")})
+
+
+def test_a_driver_that_does_not_answer_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> list[Gpu]:
+        raise TimeoutError("NVIDIA's driver has not answered within 30 s")
+
+    monkeypatch.setattr(placement, "read_gpus_in_time", wait)
+    for set_visible in (
+        lambda: monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False),
+        lambda: monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0"),
+    ):
+        set_visible()
+        with pytest.raises(
+            StartError, match=r"within 30 s, and a model needs a GPU; try nvidia-smi, .* restart the mac"
+        ):
+            count_gpus({"images": archive(tmp_path / "images.mar", "cuda")})
+    assert count_gpus({"text": archive(tmp_path / "text.mar", "cpu")}) is None
 
 
 def worker(usage: str | None, *, on_gpu: bool = True) -> dict[str, object]:
