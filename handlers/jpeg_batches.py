@@ -54,7 +54,8 @@ class JpegBatches:
     """Decodes files that arrive while others are decoded as one list.
 
     Args:
-        decode: Takes files and gives the pixels of each, ``[height, width, 3]``, or raises for all of them.
+        decode: Takes files and gives the pixels of each, ``[height, width, 3]``, or raises for all of them; then it
+            gets each file alone.
     """
 
     def __init__(self, decode: Callable[[Sequence[bytes]], Sequence[Pixels]]) -> None:
@@ -86,18 +87,28 @@ class JpegBatches:
     def _decode_some(self) -> None:
         batch = self._next_list()
         try:
-            found = self._decode([item.data for item in batch])
-            for item, pixels in zip(batch, found, strict=True):
-                item.pixels = pixels
-        except Exception as error:  # the library raises plain RuntimeErrors, for one bad file of many as well
-            if not self._told:
+            error = self._try(batch)
+            if error is not None and len(batch) > 1:  # one bad file fails all of a list
+                errors = [self._try([item]) for item in batch]
+                error = next((error for error in errors if error is not None), None)
+            if error is not None and not self._told:
                 self._told = True
                 logger.warning("a JPEG file could not be decoded on the GPU, and is on the CPU: %s", one_line(error))
-            for item in batch:
-                item.pixels = None
         finally:
             for item in batch:
                 item.done = True
+
+    def _try(self, items: Sequence[_Waiting]) -> Exception | None:
+        """Decode files as one list; gives the error that left all of them without pixels."""
+        try:
+            found = self._decode([item.data for item in items])
+            if len(found) != len(items):
+                raise ValueError(f"{len(items)} files gave {len(found)} pictures")
+        except Exception as error:  # the library raises plain RuntimeErrors, for files of every fault
+            return error
+        for item, pixels in zip(items, found, strict=True):
+            item.pixels = pixels
+        return None
 
     def _next_list(self) -> list[_Waiting]:
         """The oldest files, as many as fit."""

@@ -48,6 +48,7 @@ class FakeNvjpeg:
         self.may_run.set()
         self.entered = threading.Event()
         self.bad = set()
+        self.most = 99
 
     def __call__(self, files):
         self.entered.set()
@@ -55,6 +56,8 @@ class FakeNvjpeg:
         self.sizes.append(len(files))
         if self.bad & set(files):
             raise RuntimeError("nvjpegDecode failed: 2\nmore")
+        if len(files) > self.most:
+            raise RuntimeError("CUDA out of memory")
         return [pixels(data) for data in files]
 
 
@@ -89,34 +92,64 @@ def wait_for(condition):
         time.sleep(0.001)
 
 
+def decode_the_first_and_the_others(batches, files):
+    """What each of so many threads gets, where all but the first are waiting before that one is decoded."""
+    batches._decode.may_run.clear()
+    threads, found = decode_all(batches, files)
+    wait_for(lambda: len(batches._waiting) == len(files) - 1)
+    batches._decode.may_run.set()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    return found
+
+
+@pytest.fixture
+def logged(monkeypatch, caplog):
+    """What was logged so far."""
+    monkeypatch.setattr(logging.getLogger("torchport"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "torchport"]
+
+
 class TestBatches:
     def test_a_lone_file_is_decoded_at_once(self, batches, nvjpeg):
         np.testing.assert_array_equal(batches.decode(encoded(), 384), pixels(encoded()))
         assert nvjpeg.sizes == [1]
 
     def test_what_arrives_meanwhile_is_one_list_and_each_thread_gets_its_own(self, batches, nvjpeg):
-        nvjpeg.may_run.clear()
         files = [encoded(seed) for seed in range(40)]
-        threads, found = decode_all(batches, files)
-        wait_for(lambda: len(batches._waiting) == 39)  # and one is being decoded
-        nvjpeg.may_run.set()
-        for thread in threads:
-            thread.join(DEADLINE_S)
+        found = decode_the_first_and_the_others(batches, files)
         assert nvjpeg.sizes == [1, 32, 7]
         for i, data in enumerate(files):
             np.testing.assert_array_equal(found[i], pixels(data))
 
-    def test_files_beside_one_that_fails_are_left_to_another_decoder(self, batches, nvjpeg, monkeypatch, caplog):
-        monkeypatch.setattr(logging.getLogger("torchport"), "propagate", True)
+    def test_a_file_that_fails_is_left_to_another_decoder_and_told_once(self, batches, nvjpeg, logged):
         bad = encoded(99)
         nvjpeg.bad.add(bad)
         for _ in range(2):
             assert batches.decode(bad, 384) is None
         np.testing.assert_array_equal(batches.decode(encoded(1), 384), pixels(encoded(1)))
-        (record,) = [record for record in caplog.records if record.name == "torchport"]
-        assert record.getMessage() == (
+        assert nvjpeg.sizes == [1, 1, 1]
+        assert logged() == [
             "a JPEG file could not be decoded on the GPU, and is on the CPU: nvjpegDecode failed: 2 more"
-        )
+        ]
+
+    def test_files_beside_those_that_fail_are_decoded_all_the_same(self, batches, nvjpeg, logged):
+        files = [encoded(seed) for seed in range(6)]
+        nvjpeg.bad |= {files[2], files[4]}
+        found = decode_the_first_and_the_others(batches, files)
+        assert nvjpeg.sizes == [1, 5, 1, 1, 1, 1, 1]
+        assert [i for i in range(6) if found[i] is None] == [2, 4]
+        for i in (0, 1, 3, 5):
+            np.testing.assert_array_equal(found[i], pixels(files[i]))
+        assert len(logged()) == 1
+
+    def test_a_list_that_is_too_much_is_no_fault_of_its_files(self, batches, nvjpeg, logged):
+        nvjpeg.most = 1
+        files = [encoded(seed) for seed in range(4)]
+        found = decode_the_first_and_the_others(batches, files)
+        for i, data in enumerate(files):
+            np.testing.assert_array_equal(found[i], pixels(data))
+        assert logged() == []
 
     def test_too_few_pictures_are_a_failure(self):
         assert JpegBatches(lambda files: []).decode(encoded(), 384) is None
@@ -127,12 +160,7 @@ class TestBatches:
 
     def test_a_list_has_a_bound_of_pixels(self, batches, nvjpeg, monkeypatch):
         monkeypatch.setattr("handlers.jpeg_batches._MOST_PIXELS", 1000)
-        nvjpeg.may_run.clear()
-        threads, found = decode_all(batches, [encoded(seed) for seed in range(5)])
-        wait_for(lambda: len(batches._waiting) == 4)
-        nvjpeg.may_run.set()
-        for thread in threads:
-            thread.join(DEADLINE_S)
+        found = decode_the_first_and_the_others(batches, [encoded(seed) for seed in range(5)])
         assert nvjpeg.sizes == [1, 2, 2]  # of 384 pixels each
         assert len(found) == 5
         assert batches.decode(encoded(), 1001) is None
