@@ -1,21 +1,76 @@
-"""A server's own copy of an archive, with settings that suit this server."""
+"""A server's own copies of archives, with settings that suit this server."""
 
 from __future__ import annotations
 
+import functools
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from export.archive import CONFIG_FILE
+from deploy import continuous as continuous_serving
+from deploy.placement import Placement, runs_on_gpu
+from export.archive import CONFIG_FILE, Archive
 from export.zip_form import add_entry, entry_chunks
 from handlers.digests import DIGESTS_FILE, digests_document, parse_digests, sha256
 
+# Makes another one of a model-config.yaml.
+Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-def change_settings(path: Path, changes: Sequence[Callable[[Mapping[str, Any]], Mapping[str, Any]]]) -> None:
+
+def copy_archives(archives: Iterable[Archive], folder: Path) -> dict[str, Path]:
+    """Copy archives into a new folder.
+
+    Copies, not links, and such as have the verified digest: what was verified is what is loaded, whatever happened to
+    the originals meanwhile.
+
+    Args:
+        archives: Verified, each with a name of its own.
+        folder: It must not exist.
+
+    Returns:
+        The copies by model name.
+
+    Raises:
+        ArchiveError: If an archive was replaced after it was verified.
+        OSError: If one cannot be read or written.
+    """
+    folder.mkdir()
+    copies = {}
+    for archive in archives:
+        copies[archive.name] = folder / f"{archive.name}.mar"
+        archive.copy(copies[archive.name])
+    return copies
+
+
+def suit_server(copies: Mapping[str, Path], *, continuous: Collection[str], workers: int | None, gpus: int) -> None:
+    """Give copies of archives the settings of their server.
+
+    Args:
+        copies: By model name.
+        continuous: Names of the models that are served continuously.
+        workers: Of every model; None for each archive's own number.
+        gpus: For workers.
+
+    Raises:
+        OSError: If one cannot be read or written.
+    """
+    placement = Placement(gpus, workers)
+    for name, path in copies.items():
+        changes: list[Change] = []
+        if name in continuous:
+            in_flight = continuous_serving.in_flight(workers or 1)
+            changes.append(functools.partial(continuous_serving.settings, in_flight=in_flight))
+        if gpus > 1 and runs_on_gpu(path):
+            changes.append(placement.settings)
+        if changes:
+            change_settings(path, changes)
+
+
+def change_settings(path: Path, changes: Sequence[Change]) -> None:
     """Change the settings of a copy of a verified archive, and their digest.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -22,11 +21,11 @@ import httpx
 import psutil
 
 from deploy import continuous, frontend_classes
-from deploy.archive_copy import change_settings
+from deploy.archive_copy import copy_archives, suit_server
 from deploy.configuration import LOG_CONFIG, count_gpus, server_properties
 from deploy.errors import StartError, StateError
 from deploy.java import find_java
-from deploy.placement import Placement, in_words, runs_on_gpu
+from deploy.placement import in_words
 from deploy.ports import LOOPBACK, Ports, check_host
 from deploy.state import KEY_FILE, STATE_VARIABLE, ServerState, claimed, make_private, state_folder
 from export.archive import Archive
@@ -171,14 +170,9 @@ class TorchServe:
         temporary = self._temporary = Path(tempfile.mkdtemp(prefix="torchport-"))
         self._taken.callback(shutil.rmtree, temporary, ignore_errors=True)
         store = temporary / "model_store"
-        store.mkdir()
-        models = {archive.name: store / f"{archive.name}.mar" for archive in self._archives}
-        for archive in self._archives:
-            # A copy, not a link, and one that has the verified digest: what was verified is what is loaded, whatever
-            # happened to the original meanwhile.
-            archive.copy(models[archive.name])
+        models = copy_archives(self._archives, store)
         gpus = count_gpus(models)
-        self._change_settings(models, gpus or 0)
+        suit_server(models, continuous=self._continuous, workers=self._workers, gpus=gpus or 0)
         self._taken.callback(frontend_classes.remove, self.state.folder)
         self._drains = frontend_classes.install(self.state.folder, continuous=bool(self._continuous))
         config = self.state.folder / "config.properties"
@@ -226,20 +220,6 @@ class TorchServe:
             )
         self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout, log), daemon=True)
         self._reader.start()
-
-    def _change_settings(self, models: Mapping[str, Path], gpus: int) -> None:
-        """Give the copies of the archives the settings of this server."""
-        placement = Placement(gpus, self._workers)
-        for name, path in models.items():
-            changes: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
-            if name in self._continuous:
-                changes.append(
-                    functools.partial(continuous.settings, in_flight=continuous.in_flight(self._workers or 1))
-                )
-            if gpus > 1 and runs_on_gpu(path):
-                changes.append(placement.settings)
-            if changes:
-                change_settings(path, changes)
 
     def _read_log(self, stream: IO[str], log: IO[str]) -> None:
         """Copy the log, and remember what matters to somebody who waits."""

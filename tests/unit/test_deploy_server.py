@@ -138,8 +138,8 @@ def test_a_model_for_gpus_is_told_which_where_there_are_several(
 
     monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None)
     monkeypatch.setattr("deploy.server.count_gpus", lambda models: gpus)
-    monkeypatch.setattr("deploy.server.runs_on_gpu", lambda path: gpus is not None)
-    monkeypatch.setattr("deploy.server.change_settings", change)
+    monkeypatch.setattr("deploy.archive_copy.runs_on_gpu", lambda path: gpus is not None)
+    monkeypatch.setattr("deploy.archive_copy.change_settings", change)
     with scene.server(scheduling=scheduling) as server:
         server.wait_until_ready(READY_TIMEOUT_S)
         assert scene.seen()["config"].get("number_of_gpu") == str(gpus or 0)
@@ -409,7 +409,9 @@ def test_the_copy_is_made_continuous_where_it_is_wanted_and_possible(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, scheduling: str, possible: bool
 ) -> None:
     monkeypatch.setattr("deploy.continuous.obstacle", lambda archive: None if possible else "of a test")
-    monkeypatch.setattr("deploy.server.change_settings", lambda path, changes: path.write_bytes(b"a continuous one"))
+    monkeypatch.setattr(
+        "deploy.archive_copy.change_settings", lambda path, changes: path.write_bytes(b"a continuous one")
+    )
     wanted = possible and scheduling == "continuous"
     left = scene.server().state.folder / min(BY_SCHEDULING)
     left.parent.mkdir(parents=True)
