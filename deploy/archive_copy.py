@@ -58,14 +58,14 @@ def suit_server(copies: Mapping[str, Path], *, continuous: Collection[str], work
     Raises:
         OSError: If one cannot be read or written.
     """
-    placement = Placement(gpus, workers)
+    placement = Placement(gpus, workers) if gpus > 1 else None
     for name, path in copies.items():
         changes: list[Change] = []
         if name in continuous:
             in_flight = continuous_serving.in_flight(workers or 1)
             changes.append(functools.partial(continuous_serving.settings, in_flight=in_flight))
-        if gpus > 1 and runs_on_gpu(path):
-            changes.append(placement.settings)
+        if placement is not None and runs_on_gpu(path):
+            changes.append(placement.place_next)
         if changes:
             change_settings(path, changes)
 

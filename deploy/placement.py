@@ -30,21 +30,33 @@ class Placement:
     """
 
     def __init__(self, gpus: int, workers: int | None) -> None:
-        self._gpus = gpus
         self._workers = workers
-        self._given = 0
+        # Of the models so far, by GPU.
+        self._placed = [0] * gpus
 
-    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the next model, with the order in which its workers get the GPUs.
+    def place_next(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Place the workers of the next model: those that begin get the GPUs with the fewest workers so far.
 
         Args:
-            config: Its model-config.yaml. One that says itself where the workers run is left as it is.
+            config: Its model-config.yaml.
+
+        Returns:
+            The same with the order in which its workers get the GPUs. One that says itself where the workers run is
+            left as it is, and what it names is counted.
         """
         if any(config.get(key) for key in _OWN_PLACE):
+            self._count(config, config.get("deviceIds") or [])
             return dict(config)
-        order = [(self._given + i) % self._gpus for i in range(self._gpus)]
-        self._given += self._workers or config.get("minWorkers") or 1
+        order = sorted(range(len(self._placed)), key=self._placed.__getitem__)
+        self._count(config, order)
         return {**config, "deviceIds": order}
+
+    def _count(self, config: Mapping[str, Any], order: Sequence[Any]) -> None:
+        """Count a model's workers, which get the GPUs of an order in turn."""
+        if not order or any(gpu not in range(len(self._placed)) for gpu in order):  # TorchServe ignores such an order
+            return
+        for worker in range(self._workers or config.get("minWorkers") or 1):
+            self._placed[order[worker % len(order)]] += 1
 
 
 def runs_on_gpu(archive: Path) -> bool:

@@ -132,12 +132,11 @@ def test_placement_in_words() -> None:
 
 
 class TestPlacement:
-    def given(self, gpus: int, workers: int | None, minimums: list[int]) -> list[list[int]]:
+    def given(self, found: Placement, workers: int | None, minimums: list[int]) -> list[list[int]]:
         """The GPU of every worker, by model, as TorchServe hands out what a model's settings name."""
-        found = Placement(gpus, workers)
         rows = []
         for minimum in minimums:
-            config = found.settings({"minWorkers": minimum, "deviceType": "gpu"})
+            config = found.place_next({"minWorkers": minimum, "deviceType": "gpu"})
             ids = config["deviceIds"]
             rows.append([ids[i % len(ids)] for i in range(workers or minimum)])
         return rows
@@ -148,14 +147,27 @@ class TestPlacement:
     def test_every_models_workers_and_all_together_are_spread(
         self, gpus: int, workers: int | None, minimums: list[int]
     ) -> None:
-        rows = self.given(gpus, workers, minimums)
+        rows = self.given(Placement(gpus, workers), workers, minimums)
         for row in [*rows, list(itertools.chain(*rows))]:
             counts = [Counter(row)[gpu] for gpu in range(gpus)]
             assert max(counts) - min(counts) <= 1
+
+    @pytest.mark.parametrize(("workers", "minimum"), [(None, 2), (2, 1)])
+    def test_workers_that_an_archive_places_itself_are_made_up_for(self, workers: int | None, minimum: int) -> None:
+        found = Placement(4, workers)
+        assert found.place_next({"minWorkers": minimum, "deviceIds": [2, 0]})["deviceIds"] == [2, 0]
+        assert self.given(found, workers, [minimum, minimum]) == [[1, 3], [0, 1]]
+        assert self.given(found, workers, [minimum]) == [[2, 3]]
+
+    @pytest.mark.parametrize("ids", [[0, 3], [-1], ["0"], "0", 0, []])
+    def test_gpus_that_are_not_there_count_nothing(self, ids: object) -> None:
+        found = Placement(3, None)
+        found.place_next({"deviceIds": ids, "parallelType": "tp"})
+        assert found.place_next({})["deviceIds"] == [0, 1, 2]
 
     @pytest.mark.parametrize("own", [{"deviceIds": [1]}, {"parallelType": "tp"}, {"parallelLevel": 2}])
     def test_an_archive_that_says_itself_is_left_alone(self, own: dict[str, object]) -> None:
         found = Placement(2, None)
         config = {"minWorkers": 1, **own}
-        assert found.settings(config) == config
-        assert found.settings({})["deviceIds"] == [0, 1]
+        assert found.place_next(config) == config
+        assert found.place_next({})["deviceIds"] == [0, 1]

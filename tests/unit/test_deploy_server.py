@@ -18,13 +18,15 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from deploy.errors import DeployError, PortError, StartError, StateError
 from deploy.frontend_classes import CLASSES
+from deploy.gpu import Gpu
 from deploy.ports import Ports
 from deploy.server import TorchServe
 from deploy.state import KEY_FILE, SERVER_FILE, STATE_VARIABLE, find_server, state_folder
-from export.archive import Archive
+from export.archive import CONFIG_FILE, Archive, ArchiveFiles, open_archive, write_archive
 from export.errors import ArchiveError
 from handlers.digests import sha256
 
@@ -123,8 +125,8 @@ def test_a_server_is_found_while_it_runs_and_leaves_nothing(scene: Scene) -> Non
     [
         (None, "continuous", ["settings"]),
         (1, "continuous", ["settings"]),
-        (2, "continuous", ["settings", "Placement.settings"]),
-        (2, "batches", ["Placement.settings"]),
+        (2, "continuous", ["settings", "Placement.place_next"]),
+        (2, "batches", ["Placement.place_next"]),
         (1, "batches", []),
     ],
 )
@@ -144,6 +146,34 @@ def test_a_model_for_gpus_is_told_which_where_there_are_several(
         server.wait_until_ready(READY_TIMEOUT_S)
         assert scene.seen()["config"].get("number_of_gpu") == str(gpus or 0)
     assert given == changes
+
+
+def test_the_copies_say_on_which_gpus_their_workers_run(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(index=0, name="", utilisation_percent=None, memory_used_mib=None, memory_total_mib=None)
+    monkeypatch.setattr("deploy.placement.read_gpus_in_time", lambda: [gpu, gpu])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    artifact = tmp_path / "model.pt"
+    artifact.write_bytes(b"weights")
+    archives = []
+    for name, device in (("first", "cuda"), ("on-cpu", "cpu"), ("second", "cuda")):
+        signature = json.dumps({"artifact": {"device": device}}).encode()
+        files = ArchiveFiles(artifact=artifact, documents={"signature.json": signature}, config=b"minWorkers: 1\n")
+        archives.append(open_archive(write_archive(files, name=name, version="1.0", out=tmp_path)))
+    with TorchServe(archives, scene.ports, workers=2, scheduling="batches") as server:
+        server.wait_until_ready(READY_TIMEOUT_S)
+        store = Path(scene.seen()["config"]["model_store"])
+        written = {
+            archive.name: yaml.safe_load(open_archive(store / f"{archive.name}.mar").read(CONFIG_FILE))
+            for archive in archives
+        }
+    assert written == {
+        # One worker on each, so the second model begins with GPU 0 as well.
+        "first": {"minWorkers": 1, "deviceIds": [0, 1]},
+        "on-cpu": {"minWorkers": 1},
+        "second": {"minWorkers": 1, "deviceIds": [0, 1]},
+    }
 
 
 def test_a_full_disk_is_named(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
