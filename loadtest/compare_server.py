@@ -35,7 +35,7 @@ _POLL_S = 0.2
 _PROBE_TIMEOUT_S = 10.0
 _TAIL_LINES = 5
 # Every process that a server starts inherits it, whatever session or group it makes itself a member of.
-_MARK = "TORCHPORT_COMPARE_SERVER"
+MARK = "TORCHPORT_COMPARE_SERVER"
 # Replaces what an archive says; see `handlers/settings.py`.
 _THREADS = "TORCHPORT_THREADS"
 # Nothing that a server does at a start may reach beyond this machine.
@@ -145,7 +145,7 @@ def _environment(system: System, work: Path, mark: str, threads: int) -> dict[st
     return {
         **kept,
         **_QUIET,
-        _MARK: mark,
+        MARK: mark,
         STATE_VARIABLE: str(work / "state"),
         "BENTOML_HOME": str(work / "bentoml"),
         "TMPDIR": str(work),
@@ -242,7 +242,7 @@ def _family(mark: str) -> list[psutil.Process]:
 
 def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
-        return process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):  # it ended meanwhile, or is somebody else's
         return False
 

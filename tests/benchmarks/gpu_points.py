@@ -1,10 +1,11 @@
 """The in-process sections of gpu_limits.py: samples per second by batch size, and what limits them."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from gpu_work import WorkByShape
 from torch import Tensor, nn
 
 from export.combinations import Combination, allowed, refusal
+from export.thresholds import Thresholds
 from handlers.backend import Backend, build_backend
 from handlers.batching import stack
-from handlers.model import ServedModel
+from handlers.model import SIGNATURE_FILE, ServedModel
 from handlers.tensors import Array, TensorBatch
 
 Document = dict[str, object]
@@ -31,7 +33,21 @@ SAMPLES = 1024
 MOST_BATCHES = 16
 IN_FLIGHT = 256
 _SEED = 61
-_COMPARED = 16
+_COMPARED = 64
+_COMPILED = "torch.compile, reduce-overhead, inputs on the device"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What a model does at most without a server, in samples per second.
+
+    Attributes:
+        in_process_per_s: From NumPy to NumPy: through the planner or in full batches of one size, whichever does more.
+        bare_module_per_s: Of the module alone, on inputs that lie on the device already.
+    """
+
+    in_process_per_s: float
+    bare_module_per_s: float
 
 
 @dataclass(kw_only=True)
@@ -45,7 +61,8 @@ class Bench:
         clock: Times.
         formats: Formats to measure beside eager; empty for all that the device has.
         tiny: Whether this is a rehearsal.
-        ceilings: What the device can do, once it was measured.
+        torch_compile: Whether the formats sections compile the bare module, too.
+        limits: What each subject does at most, once it was measured.
     """
 
     device: torch.device
@@ -54,7 +71,16 @@ class Bench:
     clock: Clock
     formats: tuple[str, ...] = ()
     tiny: bool = False
-    ceilings: Ceilings | None = None
+    torch_compile: bool = False
+    limits: dict[str, Limit] = field(default_factory=dict)
+    _ceilings: Ceilings | None = None
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """What the device can do; measured when it is first asked for."""
+        if self._ceilings is None:
+            self._ceilings = Ceilings.measure(self.clock, tiny=self.tiny)
+        return self._ceilings
 
     def artifact(self, subject: Subject, format: str, precision: str) -> Path:
         """The folder of an artifact, which is made when it is first asked for."""
@@ -62,6 +88,11 @@ class Bench:
         if not folder.exists():
             subject.write_artifact(folder, Combination(format=format, precision=precision, device=self.device.type))
         return folder
+
+    def artifact_file(self, subject: Subject, format: str, precision: str) -> Path:
+        """The artifact itself."""
+        folder = self.artifact(subject, format, precision)
+        return folder / json.loads((folder / SIGNATURE_FILE).read_bytes())["artifact"]["file"]
 
     def memory(self) -> int:
         """Bytes of the device that are in use, by whomever; 0 on a CPU."""
@@ -75,6 +106,7 @@ def measure_in_process(bench: Bench, name: str) -> Document:
     """One model in this process: by batch size, with and without CUDA graphs, and against fp32 on the CPU."""
     subject = bench.subjects[name]
     folder = bench.artifact(subject, "eager", PRECISION)
+    _ = bench.ceilings  # so that the device's context is there before memory and time are looked at
     before, started = bench.memory(), time.perf_counter()
     served = ServedModel.load(folder, threads=1, max_batch=LARGEST)
     load_s, held = time.perf_counter() - started, bench.memory() - before
@@ -82,16 +114,37 @@ def measure_in_process(bench: Bench, name: str) -> Document:
     samples = _samples(subject, SAMPLES if not bench.tiny else 2 * LARGEST)
     batches = {size: in_batches(subject, samples, size) for size in BATCHES}
     plain = build_backend(served.signature, folder, threads=1)
+    planned = _planned(bench, served, samples)
+    rows = _by_batch_size(bench, subject, served.backend, batches)
+    bench.limits[name] = Limit(
+        in_process_per_s=max(planned["planned_per_s"], *(row["samples_per_s"] for row in rows)),
+        bare_module_per_s=max(row["bare_module_samples_per_s"] for row in rows),
+    )
     return {
         "title": subject.title,
         "precision": PRECISION,
-        "distance_from_fp32_on_the_cpu": distance(subject, served.backend, samples[:_COMPARED]),
-        "load_s": load_s,
+        "load_and_capture_s": load_s,
         "memory_after_load_bytes": held,
-        **_planned(bench, served, samples),
-        "by_batch_size": _by_batch_size(bench, subject, served.backend, batches),
+        "in_process_per_s": bench.limits[name].in_process_per_s,
+        "in_process_of_bare_module": bench.limits[name].in_process_per_s / bench.limits[name].bare_module_per_s,
+        **planned,
+        "agreement_with_fp32_on_the_cpu": [against_reference(subject, served.backend, PRECISION, samples[:_COMPARED])],
+        "by_batch_size": rows,
         "graphs_against_plain": _against_plain(bench, served.backend, plain, batches),
     }
+
+
+def measure_limit(bench: Bench, subject: Subject) -> Limit:
+    """The limit alone, for who has not measured the model in process."""
+    served = ServedModel.load(bench.artifact(subject, "eager", PRECISION), threads=1, max_batch=LARGEST)
+    served.warm_up()
+    samples = _samples(subject, SAMPLES if not bench.tiny else 2 * LARGEST)
+    batches = {LARGEST: in_batches(subject, samples, LARGEST)}
+    (row,) = _by_batch_size(bench, subject, served.backend, batches)
+    planned = _planned(bench, served, samples)["planned_per_s"]
+    return Limit(
+        in_process_per_s=max(planned, row["samples_per_s"]), bare_module_per_s=row["bare_module_samples_per_s"]
+    )
 
 
 def measure_formats(bench: Bench, name: str) -> Document | str:
@@ -118,27 +171,47 @@ def measure_formats(bench: Bench, name: str) -> Document | str:
     batches = {size: in_batches(subject, samples, size) for size in GRAPHED}
     eager = ServedModel.load(bench.artifact(subject, "eager", PRECISION), threads=1, max_batch=max(GRAPHED))
     backends: dict[str, Backend] = {f"eager {PRECISION}": eager.backend}
+    precisions = {f"eager {PRECISION}": PRECISION}
     convert_s: dict[str, float] = {}
     for combination in wanted:
         label = f"{combination.format} {combination.precision}"
+        precisions[label] = combination.precision
         started = time.perf_counter()
         folder = bench.artifact(subject, combination.format, combination.precision)
         convert_s[label] = time.perf_counter() - started
         backends[label] = ServedModel.load(folder, threads=1, max_batch=max(GRAPHED)).backend
         if combination.format != "torchscript":  # which has no graphs
             backends[f"{label} plain"] = ServedModel.load(folder, threads=1, cuda_graphs=False).backend
-    rows = []
+    compared = {
+        label: against_reference(subject, backends[label], own, samples[:_COMPARED])
+        for label, own in precisions.items()
+    }
+    rows: dict[str, Document] = {label: {"artifact": label} for label in backends}
+    compiled = _compiled(subject, bench) if bench.torch_compile else None
     for size in GRAPHED:
-        times = bench.clock.take_turns({label: _all(backend, batches[size]) for label, backend in backends.items()})
-        count = size * len(batches[size])
-        rows.append({"batch": size, **{f"{label}_per_s": count / seconds for label, seconds in times.items()}})
-    distances = {label: distance(subject, backend, samples[:_COMPARED]) for label, backend in backends.items()}
+        runs = {label: _all(backend, batches[size]) for label, backend in backends.items()}
+        if compiled is not None:
+            rows.setdefault(_COMPILED, {"artifact": _COMPILED})
+            ready = [_input(batch[subject.input_name], bench.device) for batch in batches[size]]
+            runs[_COMPILED] = lambda ready=ready: [compiled(one) for one in ready]
+        with torch.inference_mode():
+            times = bench.clock.take_turns(runs)
+        for label, seconds in times.items():
+            rows[label][f"batch_{size}_per_s"] = size * len(batches[size]) / seconds
     return {
-        "samples_per_s": rows,
-        "conversion_s": [convert_s],
-        "distance_from_fp32_on_the_cpu": [distances],
+        "samples_per_s": list(rows.values()),
+        "conversion_s": [{"artifact": label, "seconds": seconds} for label, seconds in convert_s.items()],
+        "agreement_with_fp32_on_the_cpu": [{"artifact": label, **row} for label, row in compared.items()],
         "refused": "; ".join(f"{format}: {reason}" for format, reason in refused.items()) or None,
     }
+
+
+def _compiled(subject: Subject, bench: Bench) -> Callable[[Tensor], object]:
+    """The bare module as other servers compile it where they serve: kernels fused, and CUDA graphs of torch's own."""
+    compiled: Callable[[Tensor], object] = torch.compile(
+        _on_device(subject.build(), bench.device), mode="reduce-overhead", dynamic=False
+    )
+    return compiled
 
 
 def in_batches(subject: Subject, samples: Sequence[TensorBatch], size: int) -> list[TensorBatch]:
@@ -151,14 +224,29 @@ def in_batches(subject: Subject, samples: Sequence[TensorBatch], size: int) -> l
     return [stack(ordered[start : start + size], subject.signature) for start in chosen]
 
 
-def distance(subject: Subject, backend: Backend, samples: Sequence[TensorBatch]) -> float:
-    """Root mean square of the differences from fp32 on the CPU, as a share of what outputs vary by; NaN of NaN."""
+def against_reference(subject: Subject, backend: Backend, precision: str, samples: Sequence[TensorBatch]) -> Document:
+    """Answers against fp32 on the CPU, and whether the gates would let them pass.
+
+    Returns:
+        ``distance``: the root mean square of the differences, as a share of what outputs vary by; NaN of NaN.
+        ``agreement``: the share of samples with the same most probable class. Their bounds are those of inputs that
+        nothing was trained on (export/thresholds.py).
+    """
     batch = stack(samples, subject.signature)
     with torch.inference_mode():
         expected: Array = subject.build()(torch.from_numpy(batch[subject.input_name])).numpy()
     (actual,) = backend.run(batch).values()
     spread = float((expected - expected.mean(0)).std())
-    return float(np.sqrt(np.square(actual.astype(np.float64) - expected).mean())) / spread
+    distance = float(np.sqrt(np.square(actual.astype(np.float64) - expected).mean())) / spread
+    agreement = float((actual.argmax(1) == expected.argmax(1)).mean())
+    bounds = Thresholds.of(precision)
+    return {
+        "distance": distance,
+        "distance_bound": 2 * bounds.noise,
+        "agreement": agreement,
+        "agreement_bound": bounds.agreement,
+        "passes": distance <= 2 * bounds.noise and agreement >= bounds.agreement,
+    }
 
 
 def _samples(subject: Subject, count: int) -> list[TensorBatch]:
@@ -184,6 +272,7 @@ def _by_batch_size(
         works = [work.of(batch[subject.input_name].shape[1:]) for batch in group]
         flops = sum(size * one.flops for one in works) / seconds
         moved = sum(one.bytes(size) for one in works) / seconds
+        floor = sum(one.floor_s(size, bench.ceilings.flops_per_s, bench.ceilings.bytes_per_s) for one in works)
         row: Document = {
             "batch": size,
             "samples_per_s": count / seconds,
@@ -191,14 +280,10 @@ def _by_batch_size(
             "tflop_per_s": flops / 1e12,
             "gb_per_s": moved / 1e9,
             "bare_module_samples_per_s": count / times["module"],
+            "share_of_matrix_rate": flops / bench.ceilings.flops_per_s,
+            "share_of_bandwidth": moved / bench.ceilings.bytes_per_s,
+            "share_of_floor": floor / seconds,
         }
-        if bench.ceilings is not None:
-            floor = sum(one.floor_s(size, bench.ceilings.flops_per_s, bench.ceilings.bytes_per_s) for one in works)
-            row |= {
-                "share_of_matrix_rate": flops / bench.ceilings.flops_per_s,
-                "share_of_bandwidth": moved / bench.ceilings.bytes_per_s,
-                "share_of_floor": floor / seconds,
-            }
         rows.append(row)
     return rows
 
@@ -215,41 +300,44 @@ def _against_plain(
                 "batch": size,
                 "plain_ms": 1e3 * times["plain"] / number,
                 "graphs_ms": 1e3 * times["graphs"] / number,
-                "ratio": times["plain"] / times["graphs"],
+                "graphs_times_faster": times["plain"] / times["graphs"],
             }
         )
     return rows
 
 
-def _planned(bench: Bench, served: ServedModel, samples: Sequence[TensorBatch]) -> Document:
-    """Samples in their order of arrival through the planner: what serving is held against."""
+def _planned(bench: Bench, served: ServedModel, samples: Sequence[TensorBatch]) -> dict[str, float]:
+    """Samples in their order of arrival through the planner, some hundred at once: what serving is held against."""
     served.measure_cost()
-    chunks = [list(samples[start : start + IN_FLIGHT]) for start in range(0, len(samples), IN_FLIGHT)]
-    times = planned_seconds(bench, served, chunks)
+    times = planned_seconds(bench, served, samples)
     return {
         "in_flight": IN_FLIGHT,
-        "planned_samples_per_s": len(samples) / min(times.values()),
-        "planned_one_batch_under_way_samples_per_s": len(samples) / times["one"],
-        "lanes_against_one": times["one"] / times["lanes"],
+        "planned_per_s": len(samples) / min(times.values()),
+        "planned_one_batch_under_way_per_s": len(samples) / times["one"],
+        "lanes_times_faster": times["one"] / times["lanes"],
     }
 
 
-def planned_seconds(bench: Bench, served: ServedModel, chunks: Sequence[list[TensorBatch]]) -> dict[str, float]:
-    """How long samples take through the planner, chunk after chunk.
+def planned_seconds(bench: Bench, served: ServedModel, samples: Sequence[TensorBatch]) -> dict[str, float]:
+    """How long samples take through the planner, which sees some hundred at once; batches of one plan follow another's.
 
     Returns:
         With ``one`` batch under way at once, and with as many as the backend has ``lanes``, in a thread each.
     """
+    chunks = [list(samples[start : start + IN_FLIGHT]) for start in range(0, len(samples), IN_FLIGHT)]
     with ThreadPoolExecutor(served.backend.lanes) as lanes, ThreadPoolExecutor(1) as one:
 
         def through(pool: Executor) -> Callable[[], None]:
             def run() -> None:
-                for chunk in chunks:
-                    batches = [[chunk[i] for i in indices] for indices in served.plan(chunk)]
-                    for rows in pool.map(served.run, batches):
-                        for row in rows:
-                            if isinstance(row, Exception):
-                                raise row
+                jobs = [
+                    pool.submit(served.run, [chunk[i] for i in indices])
+                    for chunk in chunks
+                    for indices in served.plan(chunk)
+                ]
+                for job in jobs:
+                    for row in job.result():
+                        if isinstance(row, Exception):
+                            raise row
 
             return run
 

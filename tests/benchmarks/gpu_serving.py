@@ -1,22 +1,24 @@
-"""The served sections of gpu_limits.py: a model behind TorchServe, and behind stock TorchServe with a plain handler."""
+"""The served sections of gpu_limits.py: a model behind TorchServe, and behind stock TorchServe with its own handler."""
 
 import asyncio
+import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from gpu_points import IN_FLIGHT, LARGEST, PRECISION, Bench, planned_seconds
+from gpu_points import IN_FLIGHT, LARGEST, PRECISION, Bench, Limit, measure_limit
 from gpu_subjects import Subject
 from serving_client import http_message
-from serving_load import Load, open_loop
+from serving_load import Load, closed_loop, open_loop
 
 from deploy.errors import JavaError
 from deploy.java import find_java
@@ -39,68 +41,173 @@ _PACKAGES = (
     "platformdirs",
     "psutil",
     "httpx",
-    "hdrhistogram",
-    "jinja2",
-    "matplotlib",
 )
 REQUESTS = 256
 _SEED = 62
-_COMPARE_S, _COMPARE_WARM_UP_S = 8.0, 4.0
-_TINY_COMPARE_S = 2.0
-# Clients of the open loop: one alone would measure itself above some 15,000 requests a second.
+# Alternating, so that all servers see the same machine.
+ROUNDS = 2
+_CLOSED_S, _WARM_UP_S, _TINY_S = 3.0, 2.0, 0.5
+# Clients: one alone would measure itself above some 15,000 requests a second.
 CLIENTS = 4
-# Shares of the throughput in a closed loop, from the highest; the first at which answers come in time is the answer.
-RATES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3)
-_RATE_S, _TINY_RATE_S = 5.0, 2.0
+# Shares of what the model does in process, from the highest.
+RATES = (0.95, 0.92, 0.89, 0.87, 0.85, 0.83, 0.8, 0.76, 0.72, 0.66, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)
+_RATE_S, _TINY_RATE_S = 6.0, 1.0
 _MOST_CLIENT_CPU = 0.9
+_READY_S = 180.0
+# Models of stock TorchServe, by precision.
+_STOCK = {"stock_fp32": "fp32", "stock_bf16": "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to serve an archive.
+
+    Attributes:
+        label: For tables and the JSON.
+        workers: Processes that compute, on the one GPU.
+        environment: Beside the common settings.
+    """
+
+    label: str
+    workers: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where requests go.
+
+    Attributes:
+        address: Host and port.
+        messages: Requests, ready to be sent.
+    """
+
+    address: tuple[str, int]
+    messages: Sequence[bytes]
 
 
 def measure_served(bench: Bench, name: str) -> Document | str:
-    """Throughput behind TorchServe against in process, the rate within the SLO, and stock TorchServe beside it."""
+    """Throughput behind TorchServe against in process, the rate within the SLO, and stock TorchServe beside it.
+
+    All servers are up at the same time, since starting one takes long; those that are not asked wait, and compute
+    nothing.
+    """
     reason = obstacle()
     if reason is not None:
         return reason
-    # Imported here: serving_server needs what the obstacle is about.
-    from serving_server import serving
-
     subject = bench.subjects[name]
+    limit = bench.limits.get(name) or measure_limit(bench, subject)
     archive = pack_archive(bench, subject, "eager", PRECISION)
-    plain = pack_archive(bench, subject, "torchscript", "fp32")
-    compared = _compare(bench, subject, archive, plain)
-    users = str(_users(bench))
-    ours, stock = (compared["systems"][system]["users"].get(users) for system in ("torchport", "torchserve"))
-    in_process = _in_process(bench, subject)
-    result: Document = {
-        "requests_in_flight": int(users),
-        "in_process_per_s": in_process,
-        "served_per_s": None if ours is None else ours["rps"],
-        "served_of_in_process": None if ours is None else ours["rps"] / in_process,
-        "stock_per_s": None if stock is None else stock["rps"],
-        "ratio_to_stock": None if ours is None or stock is None else ours["rps"] / stock["rps"],
-        "invalid": "; ".join(compared["invalid_reasons"]) or None,
+    own = ways(subject, cores=os.cpu_count() or 1, tiny=bench.tiny)
+    with _all_serving(bench, subject, archive, own) as targets:
+        rounds = [_closed_loops(bench, targets) for _ in range(ROUNDS)]
+        served = {label: max(found[label].rate_rps for found in rounds) for label in targets}
+        best = max((way.label for way in own), key=served.__getitem__)
+        tried = slo_search(
+            [share * limit.in_process_per_s for share in RATES if share * limit.in_process_per_s < served[best]],
+            lambda rate: _open_loop(bench, targets[best], rate=rate, slo_ms=subject.slo_ms),
+        )
+    return summary(subject, limit, rounds=rounds, best=best, tried=tried)
+
+
+def summary(
+    subject: Subject, limit: Limit, *, rounds: Sequence[Mapping[str, Load]], best: str, tried: Sequence[Document]
+) -> Document:
+    """The figures of a section."""
+    served = {label: max(found[label].rate_rps for found in rounds) for label in rounds[0]}
+    kept = [float(row["requests_per_s"]) for row in tried if row["kept"]]  # type: ignore[arg-type]
+    slo = max(kept, default=None)
+    return {
+        "in_process_per_s": limit.in_process_per_s,
+        "bare_module_per_s": limit.bare_module_per_s,
+        "best_way": best,
+        "served_per_s": served[best],
+        "served_of_in_process": served[best] / limit.in_process_per_s,
+        "served_of_bare_module": served[best] / limit.bare_module_per_s,
+        **{f"{stock}_per_s": served[stock] for stock in _STOCK},
+        **{f"times_{stock}": served[best] / served[stock] for stock in _STOCK if served[stock]},
         "slo_ms": subject.slo_ms,
-        "slo_per_s": None,
+        "slo_per_s": slo,
+        "slo_of_in_process": None if slo is None else slo / limit.in_process_per_s,
+        # A client that was too busy has not shown that the server is too slow.
+        "slo_limited_by_the_client": any(not row["valid"] for row in tried) or None,
+        "closed_loop": [
+            {"served_by": label, **{f"round_{i + 1}_per_s": found[label].rate_rps for i, found in enumerate(rounds)}}
+            | {"p99_ms": rounds[-1][label].percentile_ms(99), "faults": sum(rounds[-1][label].faults.values())}
+            for label in served
+        ],
+        "open_loop": list(tried),
     }
-    if ours is not None:
-        with serving([archive]) as server:
-            messages = [
-                http_message(
-                    "POST",
-                    f"/predictions/{name}-eager-{PRECISION}",
-                    token=server.token(),
-                    headers=[("Content-Type", content_type)],
-                    body=body,
-                )
-                for content_type, body in subject.requests(REQUESTS, seed=_SEED)
-            ]
-            tried = search(server.address, messages, throughput=ours["rps"], slo_ms=subject.slo_ms, tiny=bench.tiny)
-        kept = [row for row in tried if row["kept"]]
-        result |= {
-            "slo_per_s": kept[-1]["requests_per_s"] if kept else None,
-            "slo_of_in_process": kept[-1]["requests_per_s"] / in_process if kept else None,  # type: ignore[operator]
-            "open_loop": tried,
-        }
-    return result
+
+
+def ways(subject: Subject, *, cores: int, tiny: bool) -> list[Way]:
+    """How the archive is served: by few processes and by many; pictures also with JPEG decoded on the GPU."""
+    counts = (1, 2) if tiny else sorted({1, max(2, cores // 4), max(2, cores // 2)})
+    found = [Way(label=f"{count} worker{'s' if count > 1 else ''}", workers=count) for count in counts]
+    if subject.shortest is None and not tiny and importlib.util.find_spec("torchvision") is not None:
+        most = counts[-1]
+        found.append(
+            Way(label=f"{most} workers, JPEG on the GPU", workers=most, environment={"TORCHPORT_JPEG_ON_GPU": "1"})
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _all_serving(bench: Bench, subject: Subject, archive: Path, own: Sequence[Way]) -> Iterator[dict[str, Target]]:
+    """Every server, ready: torchport's by the labels of their ways, and stock TorchServe's two models."""
+    # Imported here: they need what the obstacle is about.
+    from gpu_stock import stock_serving
+
+    from deploy.ports import LOOPBACK, Ports
+    from deploy.server import TorchServe
+    from deploy.state import STATE_VARIABLE
+    from export.archive import open_archive
+
+    requests = subject.requests(REQUESTS, seed=_SEED)
+    modules = {label: bench.artifact_file(subject, "torchscript", precision) for label, precision in _STOCK.items()}
+    opened = open_archive(archive)
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory(prefix="torchport-serving-"))
+        servers: dict[str, TorchServe] = {}
+        for way in own:
+            # As large as what is measured in process: an archive has 32, which suits a CPU.
+            variables = {STATE_VARIABLE: state, "TORCHPORT_MAX_BATCH": str(LARGEST), **way.environment}
+            with _environment(variables):
+                server = TorchServe([opened], Ports.free(), workers=way.workers)
+                servers[way.label] = stack.enter_context(server)
+        stock = stack.enter_context(stock_serving(modules, device=bench.device.type))
+        targets = {}
+        for label, server in servers.items():
+            server.wait_until_ready(_READY_S)
+            path, token = f"/predictions/{opened.name}", server.state.inference_token()
+            port = int(server.state.inference_url.rpartition(":")[2])
+            targets[label] = Target(address=(LOOPBACK, port), messages=_messages(requests, path, token))
+        stock.wait_until_ready()
+        for label in modules:
+            targets[label] = Target(address=stock.address, messages=_messages(requests, f"/predictions/{label}", ""))
+        yield targets
+
+
+def _messages(requests: Sequence[tuple[str, bytes]], path: str, token: str) -> list[bytes]:
+    return [
+        http_message("POST", path, token=token, headers=[("Content-Type", content_type)], body=body)
+        for content_type, body in requests
+    ]
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Some variables, for what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def obstacle() -> str | None:
@@ -134,7 +241,7 @@ def pack_archive(bench: Bench, subject: Subject, format: str, precision: str) ->
         Source(path=weights, factory=subject.factory, signature_file=signature, config=dict(subject.config))
     )
     combination = Combination(format=format, precision=precision, device=bench.device.type)
-    served = ServedModel.load(folder, threads=1)
+    served = ServedModel.load(folder, threads=1, cuda_graphs=False)
     assert served.signature.artifact is not None
     candidate = Candidate(
         combination=combination,
@@ -162,96 +269,97 @@ def pack_archive(bench: Bench, subject: Subject, format: str, precision: str) ->
     return archive
 
 
-def _users(bench: Bench) -> int:
-    return 16 if bench.tiny else IN_FLIGHT
+def _closed_loops(bench: Bench, targets: Mapping[str, Target]) -> dict[str, Load]:
+    """What each server does in a closed loop, one after the other."""
+    seconds, warm_up_s = (_TINY_S, _TINY_S) if bench.tiny else (_CLOSED_S, _WARM_UP_S)
+    in_flight = (16 if bench.tiny else IN_FLIGHT) // CLIENTS
+    found = {}
+    with _clients() as pool:
+        for label, target in targets.items():
+            jobs = [
+                pool.submit(_closed_client, target.address, target.messages[i::CLIENTS], in_flight, seconds, warm_up_s)
+                for i in range(CLIENTS)
+            ]
+            found[label] = merged([job.result() for job in jobs])
+    return found
 
 
-def _compare(bench: Bench, subject: Subject, archive: Path, plain: Path) -> dict[str, dict]:  # type: ignore[type-arg]
-    """`torchport compare` of both archives, as its JSON."""
-    seconds = (_TINY_COMPARE_S, _TINY_COMPARE_S) if bench.tiny else (_COMPARE_S, _COMPARE_WARM_UP_S)
-    words = ["compare", str(archive), "--reference", str(plain), "--peers", "torchserve", "--rounds", "1"]
-    words += ["--users", str(_users(bench)), "--duration", str(seconds[0]), "--warm-up", str(seconds[1])]
-    words += ["--out", str(bench.folder / f"compare-{subject.name}"), "--json"]
-    if subject.shortest is None:
-        size = subject.document["preprocessing"]["image"]["height"]
-        words += ["--pictures", f"{size}x{size}"]
-    else:
-        place = bench.folder / f"requests-{subject.name}"
-        place.mkdir(exist_ok=True)
-        for number, (_, body) in enumerate(subject.requests(REQUESTS, seed=_SEED)):
-            file = place / f"{number:03}.json"
-            file.write_bytes(body)
-            words += ["--input", str(file)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torchport", *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = done.stdout.strip().splitlines()
-    document = json.loads(lines[-1]) if lines else {}
-    if "systems" not in document:
-        raise RuntimeError(f"torchport compare ended with {done.returncode}: {document or done.stderr[-400:]}")
-    return document  # type: ignore[no-any-return]
+def _open_loop(bench: Bench, target: Target, *, rate: float, slo_ms: float) -> Document:
+    """What a server does with requests that come at a rate, whatever it does."""
+    seconds = _TINY_RATE_S if bench.tiny else _RATE_S
+    with _clients() as pool:
+        jobs = [
+            pool.submit(_open_client, target.address, target.messages, rate / CLIENTS, seconds, seed)
+            for seed in range(CLIENTS)
+        ]
+        return judged([job.result() for job in jobs], rate=rate, slo_ms=slo_ms)
 
 
-def _in_process(bench: Bench, subject: Subject) -> float:
-    """Samples per second through the planner, as many at once as requests are in flight; the better of its ways."""
-    served = ServedModel.load(bench.artifact(subject, "eager", PRECISION), threads=1, max_batch=LARGEST)
-    served.warm_up()
-    served.measure_cost()
-    samples = subject.samples(REQUESTS, seed=_SEED)
-    return len(samples) / min(planned_seconds(bench, served, [samples]).values())
+def _clients() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn"))
 
 
-def search(
-    address: tuple[str, int], messages: Sequence[bytes], *, throughput: float, slo_ms: float, tiny: bool
-) -> list[Document]:
-    """Try rates in an open loop, the highest first, until one keeps the SLO.
+def slo_search(rates: Sequence[float], measure: Callable[[float], Document]) -> list[Document]:
+    """Find the highest rate that keeps the SLO, by halves: a rate is kept if a higher one is.
+
+    Args:
+        rates: From the highest.
+        measure: Tries one; its row says whether it was ``kept``.
 
     Returns:
-        Every rate that was tried; the last one is the answer if it was ``kept``.
+        Every rate that was tried, in the order of trying.
     """
     tried: list[Document] = []
-    with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for number, portion in enumerate(RATES):
-            rate = portion * throughput
-            loads = [
-                pool.submit(_client, address, messages, rate / CLIENTS, _TINY_RATE_S if tiny else _RATE_S, seed)
-                for seed in range(number * CLIENTS, (number + 1) * CLIENTS)
-            ]
-            row = judged([one.result() for one in loads], rate=rate, slo_ms=slo_ms)
-            tried.append(row)
-            if row["kept"]:
-                break
+    low, high = 0, len(rates)
+    while low < high:
+        middle = (low + high) // 2
+        tried.append(measure(rates[middle]))
+        if tried[-1]["kept"]:
+            high = middle
+        else:
+            low = middle + 1
     return tried
+
+
+def merged(loads: Sequence[Load]) -> Load:
+    """What several clients saw together."""
+    together = Load(seconds=array("d"))
+    for load in loads:
+        together.seconds.extend(load.seconds)
+        together.faults.update(load.faults)
+        together.pauses += load.pauses
+    together.elapsed_s = max(load.elapsed_s for load in loads)
+    together.client_cpu_share = max(load.client_cpu_share for load in loads)
+    return together
 
 
 def judged(loads: Sequence[Load], *, rate: float, slo_ms: float) -> Document:
     """What several clients saw together of one rate, and whether 99 of 100 answers came in time."""
-    merged = Load(seconds=array("d"))
-    for load in loads:
-        merged.seconds.extend(load.seconds)
-        merged.faults.update(load.faults)
-        merged.pauses += load.pauses
-    merged.elapsed_s = max(load.elapsed_s for load in loads)
-    cpu = max(load.client_cpu_share for load in loads)
-    p99_ms = merged.percentile_ms(99)
-    valid = cpu <= _MOST_CLIENT_CPU and not merged.pauses
-    in_time = p99_ms is not None and p99_ms <= slo_ms and not merged.faults
+    load = merged(loads)
+    p99_ms = load.percentile_ms(99)
+    valid = load.client_cpu_share <= _MOST_CLIENT_CPU and not load.pauses
+    in_time = p99_ms is not None and p99_ms <= slo_ms and not load.faults
     return {
         "planned_per_s": rate,
-        "requests_per_s": merged.rate_rps,
-        "p50_ms": merged.percentile_ms(50),
+        "requests_per_s": load.rate_rps,
+        "p50_ms": load.percentile_ms(50),
         "p99_ms": p99_ms,
-        "faults": sum(merged.faults.values()),
-        "client_cpu": cpu,
+        "faults": sum(load.faults.values()),
+        "client_cpu": load.client_cpu_share,
         "valid": valid,
         "kept": valid and in_time,
     }
 
 
-def _client(address: tuple[str, int], messages: Sequence[bytes], rate_rps: float, seconds: float, seed: int) -> Load:
+def _open_client(
+    address: tuple[str, int], messages: Sequence[bytes], rate_rps: float, seconds: float, seed: int
+) -> Load:
     """One client's share, in a process of its own."""
     return asyncio.run(open_loop(address, messages, rate_rps=rate_rps, seconds=seconds, seed=seed))
+
+
+def _closed_client(
+    address: tuple[str, int], messages: Sequence[bytes], in_flight: int, seconds: float, warm_up_s: float
+) -> Load:
+    """One client's share, in a process of its own."""
+    return asyncio.run(closed_loop(address, messages, in_flight=in_flight, seconds=seconds, warm_up_s=warm_up_s))

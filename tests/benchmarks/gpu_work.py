@@ -1,6 +1,5 @@
 """What a batch asks of a device, for gpu_limits.py: operations, and the bytes that it must move."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,8 +81,3 @@ class WorkByShape:
         if shape not in self._known:
             self._known[shape] = count_work(self._module, self._prepare(shape))
         return self._known[shape]
-
-
-def share(part: float, whole: float) -> float:
-    """A part of a whole; NaN of nothing."""
-    return part / whole if whole else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -31,9 +32,10 @@ def modules() -> Iterator[dict[str, Any]]:
         import gpu_points
         import gpu_serving
         import gpu_subjects
+        import gpu_verdicts
         import gpu_work
 
-        found = (gpu_clock, gpu_limits, gpu_points, gpu_serving, gpu_subjects, gpu_work)
+        found = (gpu_clock, gpu_limits, gpu_points, gpu_serving, gpu_subjects, gpu_verdicts, gpu_work)
         yield {module.__name__: module for module in found}
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -54,9 +56,18 @@ def test_a_rehearsal_measures_and_ends_with_json() -> None:
     assert [row["batch"] for row in encoder["by_batch_size"]] == [1, 8, 32, 64, 128]
     assert all(row["samples_per_s"] > 0 and row["share_of_floor"] > 0 for row in encoder["by_batch_size"])
     assert [row["batch"] for row in encoder["graphs_against_plain"]] == [1, 8, 32]
-    assert 0 < encoder["distance_from_fp32_on_the_cpu"] < 0.1
-    assert encoder["planned_samples_per_s"] >= encoder["planned_one_batch_under_way_samples_per_s"] > 0
-    assert encoder["lanes_against_one"] > 0
+    (agreement,) = encoder["agreement_with_fp32_on_the_cpu"]
+    assert 0 < agreement["distance"] < agreement["distance_bound"]
+    assert agreement["passes"] is True
+    assert encoder["planned_per_s"] >= encoder["planned_one_batch_under_way_per_s"] > 0
+    assert encoder["lanes_times_faster"] > 0
+    rates = [encoder["planned_per_s"], *(row["samples_per_s"] for row in encoder["by_batch_size"])]
+    assert encoder["in_process_per_s"] == max(rates)
+    found = {(row["model"], row["what"]): row["verdict"] for row in document["verdicts"]}
+    assert found["encoder", "samples/s in process"] == "shown"
+    assert found["encoder", "distance from fp32 on the CPU"] == "met"
+    assert found["encoder", "served / in process"] == "open"
+    assert {document["machine"][key] for key in ("date", "command", "processor", "cores")}.isdisjoint({None, ""})
 
 
 def test_what_the_budget_does_not_allow_is_said(
@@ -65,16 +76,32 @@ def test_what_the_budget_does_not_allow_is_said(
     limits = modules["gpu_limits"]
     document = {"not_measured": {}}
     console = limits.Console(width=120)
-    limits._run("encoder", None, document, console, deadline=time.monotonic() + 5, needed_s=60)
+
+    def run(name: str, *, left_s: float, needed_s: float = 0, limit_s: float = 60) -> None:
+        deadline = time.monotonic() + left_s
+        limits._run(name, None, document, console, deadline=deadline, needed_s=needed_s, limit_s=limit_s)
+
+    run("encoder", left_s=5, needed_s=60)
     assert document["not_measured"] == {"encoder": "5 s were left of the budget, and it takes about 60"}
-    monkeypatch.setattr(limits, "_measure", lambda name, bench: time.sleep(30))
-    limits._run("images", None, document, console, deadline=time.monotonic() + 0.2, needed_s=0)
-    assert document["not_measured"]["images"].startswith("it did not end within the 0 s")
+
+    def handle_everything(name: str, bench: object) -> None:
+        """As what computes batches does."""
+        for _ in range(2):
+            with contextlib.suppress(Exception):
+                time.sleep(30)
+
+    monkeypatch.setattr(limits, "_measure", handle_everything)
+    started = time.monotonic()
+    run("images", left_s=0.2)
+    run("formats-images", left_s=60, limit_s=0.2)
+    assert time.monotonic() - started < 20
+    assert document["not_measured"]["images"] == "it did not end within 0 s"
+    assert document["not_measured"]["formats-images"] == "it did not end within 0 s"
     monkeypatch.setattr(limits, "_measure", lambda name, bench: 1 / 0)
-    limits._run("ceilings", None, document, console, deadline=time.monotonic() + 5, needed_s=0)
+    run("ceilings", left_s=5)
     assert document["not_measured"]["ceilings"] == "it failed: ZeroDivisionError: division by zero"
     monkeypatch.setattr(limits, "_measure", lambda name, bench: "these packages are not installed: torchserve")
-    limits._run("serve-encoder", None, document, console, deadline=time.monotonic() + 5, needed_s=0)
+    run("serve-encoder", left_s=5)
     assert "serve-encoder: not measured: these packages are not installed" in capsys.readouterr().out
 
 
@@ -176,3 +203,63 @@ def test_a_rate_without_an_answer_is_not_kept(modules: dict[str, Any]) -> None:
     row = modules["gpu_serving"].judged([load(modules, ms=[])], rate=1.0, slo_ms=15.0)
     assert row["p99_ms"] is None
     assert row["kept"] is False
+
+
+@pytest.mark.parametrize("kept_from", range(8))
+def test_the_highest_rate_that_keeps_the_slo_is_found_by_halves(modules: dict[str, Any], kept_from: int) -> None:
+    rates = [70.0, 60.0, 50.0, 40.0, 30.0, 20.0, 10.0]
+    kept = set(rates[kept_from:])
+    tried = modules["gpu_serving"].slo_search(rates, lambda rate: {"requests_per_s": rate, "kept": rate in kept})
+    assert max((row["requests_per_s"] for row in tried if row["kept"]), default=None) == max(kept, default=None)
+    assert len(tried) <= 3
+    assert modules["gpu_serving"].slo_search([], lambda rate: {}) == []
+
+
+def test_a_section_that_was_served_has_its_ratios(modules: dict[str, Any]) -> None:
+    serving, points = modules["gpu_serving"], modules["gpu_points"]
+    subject = modules["gpu_subjects"].build_subjects(tiny=True)["images"]
+    labels = {"1 worker": 100, "2 workers": 180, "stock_fp32": 20, "stock_bf16": 40}
+    rounds = [{label: load(modules, ms=[1.0] * count) for label, count in labels.items()} for _ in range(2)]
+    rounds[1]["1 worker"] = load(modules, ms=[1.0] * 150)
+    row = {"requests_per_s": 80.0, "valid": True, "kept": True}
+    tried = [row, {**row, "requests_per_s": 95.0, "kept": False}, {**row, "requests_per_s": 70.0}]
+    limit = points.Limit(in_process_per_s=100.0, bare_module_per_s=200.0)
+    found = serving.summary(subject, limit, rounds=rounds, best="2 workers", tried=tried)
+    assert (found["served_per_s"], found["served_of_in_process"], found["served_of_bare_module"]) == (90, 0.9, 0.45)
+    assert (found["times_stock_fp32"], found["times_stock_bf16"]) == (9.0, 4.5)
+    assert (found["slo_per_s"], found["slo_of_in_process"], found["slo_limited_by_the_client"]) == (80.0, 0.8, None)
+    assert [line["served_by"] for line in found["closed_loop"]] == list(labels)
+    none = serving.summary(
+        subject, limit, rounds=rounds, best="1 worker", tried=[{**row, "valid": False, "kept": False}]
+    )
+    assert (none["slo_per_s"], none["slo_of_in_process"], none["slo_limited_by_the_client"]) == (None, None, True)
+
+    verdicts = {
+        line["what"]: (line["wanted"], line["verdict"])
+        for line in modules["gpu_verdicts"].verdicts({"serve-images": found})
+        if line["model"] == "images"
+    }
+    assert verdicts["served / in process"] == (">= 0.9", "met")
+    assert verdicts["rate with p99 <= 15 ms / in process"] == (">= 0.85", "short")
+    assert verdicts["times stock TorchServe in fp32"] == (">= 5", "met")
+    assert verdicts["samples/s in process"] == (None, "open")
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"), [(0.05, "met"), (0.1, "met"), (0.11, "short"), (math.nan, "short"), (None, "open")]
+)
+def test_a_distance_should_be_small(modules: dict[str, Any], found: float | None, verdict: str) -> None:
+    agreement = {"distance": found, "distance_bound": 0.1, "agreement": 1.0, "agreement_bound": 0.995}
+    rows = modules["gpu_verdicts"].verdicts({"encoder": {"agreement_with_fp32_on_the_cpu": [agreement]}})
+    assert [row["verdict"] for row in rows if row["what"].startswith("distance")] == [verdict, "open"]
+
+
+def test_what_json_has_no_number_for_is_null(modules: dict[str, Any]) -> None:
+    document = {"a": [math.nan, 1.5, {"b": math.inf}], "c": "NaN", "d": 2}
+    assert modules["gpu_limits"].finite(document) == {"a": [None, 1.5, {"b": None}], "c": "NaN", "d": 2}
+
+
+@pytest.mark.parametrize(("cores", "counts"), [(1, [1, 2]), (2, [1, 2]), (8, [1, 2, 4]), (16, [1, 4, 8])])
+def test_a_gpu_is_served_by_few_processes_and_by_many(modules: dict[str, Any], cores: int, counts: list[int]) -> None:
+    subject = modules["gpu_subjects"].build_subjects(tiny=False)["encoder"]
+    assert [way.workers for way in modules["gpu_serving"].ways(subject, cores=cores, tiny=False)] == counts
