@@ -23,7 +23,8 @@ def check_requirements(artifact: Artifact) -> None:
         unsaid = next((name for name in _COMPILED_NEEDS if name not in artifact.requires), None)
         if unsaid is not None:
             raise BackendError(f"artifact.requires does not say which {unsaid} the pt2 artifact needs; export it again")
-    for name, needed in artifact.requires.items():
+    # Packages first: another torch calls instruction sets by other names.
+    for name, needed in sorted(artifact.requires.items(), key=lambda item: item[0] in (ISA, COMPUTE_CAPABILITY)):
         if name == ISA:
             _check_isa(needed)
         elif name == COMPUTE_CAPABILITY:

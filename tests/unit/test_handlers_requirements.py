@@ -1,3 +1,5 @@
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,41 @@ def test_this_machine_has_what_it_names_itself():
 
 
 def test_the_isa_names_the_architecture_and_is_the_same_each_time():
-    assert isa.cpu_isa().split()[0] == torch.cpu.get_capabilities()["architecture"]
+    assert isa.cpu_isa().split()[0] == platform.machine()
     assert isa.cpu_isa() == isa.cpu_isa()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "sets"),
+    [
+        (
+            "processor\t: 0\nflags\t\t: fpu sse2 aes avx avx512f avx512_vnni abm f16c sse4a rep_good\n\nprocessor\t: 1\n",
+            "abm avx avx512_vnni avx512f f16c sse2",
+        ),
+        ("Features\t: fp asimd crc32 sve i8mm\n", "asimd i8mm sve"),
+        ("model name: of a kernel that tells nothing\n", ""),
+        (None, ""),
+    ],
+    ids=["x86", "Arm", "nothing told", "another system"],
+)
+def test_an_older_torch_leaves_it_to_the_kernel(monkeypatch, tmp_path, cpuinfo, sets):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(isa, "_CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert isa.cpu_isa() == " ".join([platform.machine(), *sets.split()])
+
+
+def test_the_kernels_words_tell_machines_apart(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    check(torch=TORCH, isa=isa.cpu_isa())
+    with pytest.raises(BackendError, match="processor lacks avx9"):
+        check(torch=TORCH, isa=f"{isa.cpu_isa()} avx9")
+
+
+def test_another_torch_is_named_before_its_words_for_instructions():
+    with pytest.raises(BackendError, match=r"needs torch 1\.0\.0"):
+        check(isa="x86_64 avx9", torch="1.0.0")
 
 
 def test_an_instruction_set_that_nobody_compiles_for_does_not_bind_an_artifact():
