@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.errors import ConversionError
 from export.program import export_program
@@ -64,8 +65,8 @@ def write_pt2(
         Exception: Whatever the compiler says about the module.
     """
     compiler = _find_compiler()
-    program = export_program(module, signature, repeated(example))
-    with tempfile.TemporaryDirectory(prefix="torchport-pt2-") as temporary:
+    with _attention_for_any_length(device), tempfile.TemporaryDirectory(prefix="torchport-pt2-") as temporary:
+        program = export_program(module, signature, repeated(example))
         folder = Path(temporary)
         if any(character.isspace() for character in temporary):
             raise ConversionError(
@@ -100,6 +101,17 @@ def write_pt2(
     requires = {"torch": str(torch.__version__), "isa": cpu_isa()}
     capability = cuda_capability() if device == "cuda" else None
     return {**requires, "compute_capability": capability} if capability else requires
+
+
+def _attention_for_any_length(device: str) -> contextlib.AbstractContextManager[object]:
+    """Keep cuDNN's kernels for attention out of code for a GPU; see :func:`handlers.torch_device.torch_device`.
+
+    Compiled code keeps to the kernel that suits its example at every other length, and cuDNN's have none for one key.
+    """
+    if device == "cpu":
+        return contextlib.nullcontext()
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(others)
 
 
 def repeated(example: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -176,14 +176,14 @@ class MemoryWatch:
 
     def _shortage(self, what: str, needed: int, *, least: bool = False) -> BackendError:
         gpu = f"GPU {gpu_name(self._gpu.index, os.environ)}"
-        needs = f"the model needs {'more than ' if least else ''}{_gib(needed)} for {what}"
+        needs = f"the model needs {'more than ' if least else ''}{_size(needed)} for {what}"
         if self._limit is not None and self._limit < self._free:
             return BackendError(
-                f"{needs}, and the worker may take {_gib(self._limit)} of {gpu}; set a lower max_batch or a higher "
+                f"{needs}, and the worker may take {_size(self._limit)} of {gpu}; set a lower max_batch or a higher "
                 "gpu_memory_mib"
             )
         return BackendError(
-            f"{needs}, and {gpu} has {_gib(self._free)} free; "
+            f"{needs}, and {gpu} has {_size(self._free)} free; "
             "set a lower max_batch, or serve it on another GPU or with fewer workers on this one"
         )
 
@@ -266,5 +266,5 @@ def _requested(error: BaseException) -> int:
     return 0
 
 
-def _gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from handlers.staging import Staging
 from handlers.tensors import Array, TensorBatch
 
 logger = logging.getLogger("torchport")
+
+# See https://github.com/microsoft/onnxruntime/pull/32121.
+_FIRST_WITH_GRAPHS = (1, 31)
 
 
 class OnnxOnGpu:
@@ -48,7 +52,7 @@ class OnnxOnGpu:
         self._staging = _staging(signature, gpu)
         options = cuda_options(gpu, memory_bytes=memory_bytes)
         self._graphs: CudaGraphs | None = None
-        if self._staging is not None and max_batch:
+        if self._staging is not None and max_batch and _replays_rightly():
             self._capture(options, self._staging, max_batch)
         if self._graphs is None:
             self._session = self._bound(options)
@@ -85,6 +89,21 @@ class OnnxOnGpu:
             with self._staging.lent(batch) as tensors:
                 results = self._session.run(self._session.bind_device(tensors))
         return {spec.name: result for spec, result in zip(self._signature.outputs, results, strict=True)}
+
+
+def _replays_rightly() -> bool:
+    """Whether this ONNX Runtime keeps what its graphs read of the host: others free it after the capture."""
+    import onnxruntime  # noqa: PLC0415  # only ONNX archives need it
+
+    release = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
+    if release is not None and (int(release[1]), int(release[2])) >= _FIRST_WITH_GRAPHS:
+        return True
+    logger.warning(
+        "the model runs without CUDA graphs, which ONNX Runtime %s replays wrongly; install %d.%d or newer",
+        onnxruntime.__version__,
+        *_FIRST_WITH_GRAPHS,
+    )
+    return False
 
 
 def cuda_options(gpu: int, *, memory_bytes: int | None = None) -> dict[str, str]:

@@ -22,7 +22,8 @@ def torch_device(name: str, gpu: int | None = None) -> torch.device:
         gpu: Which GPU, as torch numbers them; None for torch's current one. Nothing to a CPU.
 
     Returns:
-        The device; that of a GPU has an index. This process computes fp32 on GPUs without TF32 from then on.
+        The device; that of a GPU has an index. This process computes fp32 on GPUs without TF32 from then on, and
+        attention without cuDNN.
 
     Raises:
         BackendError: If it is a GPU and there is none, or none of that number.
@@ -43,6 +44,8 @@ def torch_device(name: str, gpu: int | None = None) -> torch.device:
             "correct deviceIds in model-config.yaml, number_of_gpu in config.properties or CUDA_VISIBLE_DEVICES"
         )
     compute_fp32_exactly()
+    # cuDNN plans attention for every new shape, for some ten milliseconds, and has none for one key. The others do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name, index)
 
 

@@ -1,19 +1,27 @@
 """The device that an artifact names is the one that it runs on, or it does not load; and its memory running out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from export.candidate import Candidate
 from export.combinations import Combination
 from handlers.backend import build_backend
+from handlers.cuda_graphs import CudaGraphs
+from handlers.cuda_recorder import CudaRecorder
 from handlers.errors import BackendError, RequestError
 from handlers.model import ServedModel
 from handlers.signature import Signature
+from handlers.staging import Staging
 from handlers.tensors import Array, TensorBatch
+from handlers.torch_device import torch_device
 
 from .subjects import DEVICE, ENCODER, IMAGES, LONGEST, REHEARSED, SUBJECTS, random_samples
 
@@ -27,10 +35,47 @@ needs_gpu = pytest.mark.skipif(REHEARSED, reason="a rehearsal has no GPU")
 
 
 @needs_gpu
-def test_a_gpu_that_is_not_there_is_refused(candidate: GetCandidate) -> None:
-    made = candidate(ENCODER, Combination(format="eager", precision="fp32", device=DEVICE))
-    with pytest.raises(BackendError):
+@pytest.mark.parametrize("format", ["eager", "torchscript", "pt2", "onnx"])
+def test_a_gpu_that_is_not_there_is_refused(candidate: GetCandidate, format: str) -> None:
+    made = candidate(ENCODER, Combination(format=format, precision="fp32", device=DEVICE))
+    with pytest.raises(BackendError, match=r"to run on GPU|does not load in ONNX Runtime|chose"):
         build_backend(made.signature, made.folder, threads=1, gpu=torch.cuda.device_count())
+
+
+@needs_gpu
+def test_a_model_for_which_memory_is_short_is_refused_with_figures(candidate: GetCandidate) -> None:
+    made = candidate(ENCODER, Combination(format="eager", precision="fp32", device=DEVICE))
+    # In a process of its own: what torch has allocated here would do.
+    code = (
+        "from pathlib import Path\n"
+        "from handlers.model import ServedModel\n"
+        f"ServedModel.load(Path({str(made.folder)!r}), threads=1, gpu_memory_bytes=1 << 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert re.search(r"BackendError: the model needs .* for its weights, and the worker may take 1 MiB", done.stderr)
+
+
+@needs_gpu
+def test_a_capture_that_fails_leaves_the_gpu_as_it_was() -> None:
+    signature, device = _signature(), torch_device(DEVICE)
+    staging = Staging.on(device, signature)
+    batch = {"x": np.ones((3, WIDTH), np.float32)}
+
+    def looks(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [2 * tensors[0] if tensors[0].sum().item() > 0 else tensors[0]]
+
+    graphs = CudaGraphs(signature, staging, CudaRecorder(device, looks, tune=False), max_batch=4)
+    assert graphs.captured == []
+    assert graphs.run(batch) is None
+    np.testing.assert_array_equal(staging.run(batch, looks)["y"], 2 * batch["x"])
+    # The generator would take it for part of the capture.
+    assert torch.rand(9, device=device).shape == (9,)
+    graphs = CudaGraphs(signature, staging, CudaRecorder(device, lambda given: [2 * given[0]], tune=True), max_batch=4)
+    assert len(graphs.captured) == 3
+    outputs = graphs.run(batch)
+    assert outputs is not None
+    np.testing.assert_array_equal(outputs["y"], 2 * batch["x"])
 
 
 @needs_gpu

@@ -21,6 +21,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", self.new_graph)
         for name in ("graph_pool_handle", "current_stream", "stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch, "zeros", lambda size, *, device: self.events.append(f"something on {device}"))
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             monkeypatch.setattr(
                 torch._C, name, lambda *given, name=name: self.events.append((name, *given)), raising=False
@@ -49,7 +50,7 @@ class FakeCuda:
             self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph, *, pool, stream, capture_error_mode):
+    def graph(self, graph, *, stream, capture_error_mode, pool="its own pool"):
         assert capture_error_mode == "thread_local"
         self.events.append(f"capture on {stream.name} in {pool}")
         yield
@@ -94,9 +95,44 @@ class TestCudaRecorder:
         recorder = CudaRecorder(torch.device("cuda", 1), self.model(cuda, fails=True), tune=True)
         with pytest.raises(RuntimeError, match="looks at a value"):
             recorder.capture(INPUTS)
-        assert cuda.events[-2:] == [("_cuda_endAllocateToPool", 1, "pool 0"), ("_cuda_releasePool", 1, "pool 0")]
+        assert cuda.events[-5:] == [
+            ("_cuda_endAllocateToPool", 1, "pool 0"),
+            ("_cuda_releasePool", 1, "pool 0"),
+            # For the generator of random numbers, which takes only a capture that succeeds for ended.
+            "capture on recording in its own pool",
+            "something on cuda:1",
+            "captured",
+        ]
         assert cuda.current.name == "computing"
         assert torch.backends.cudnn.benchmark is False
+
+    def test_an_allocator_that_knows_is_left_alone(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+
+        def knows(*given):
+            raise RuntimeError("no such capture")
+
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", knows)
+        recorder = CudaRecorder(torch.device("cuda", 1), self.model(cuda, fails=True), tune=False)
+        with pytest.raises(RuntimeError, match="looks at a value"):
+            recorder.capture(INPUTS)
+        # Releasing what was released ends the process.
+        assert not [event for event in cuda.events if event[0] == "_cuda_releasePool"]
+
+    def test_cudnn_stops_trying_when_it_has_tried_for_long(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        times = itertools.accumulate(itertools.cycle([0, 6]))
+        tuned = []
+        recorder = CudaRecorder(
+            torch.device("cuda", 1),
+            lambda inputs: tuned.append(torch.backends.cudnn.benchmark) or ["output"],
+            tune=True,
+            clock=lambda: next(times),
+        )
+        for _ in range(4):
+            recorder.capture(INPUTS)
+        assert tuned == [True] * 8 + [False] * 8
+        assert cuda.events.count("captured") == 4
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -260,8 +260,9 @@ class TestOnnx:
     GPU = 3
 
     @pytest.fixture
-    def sessions(self, monkeypatch):
+    def sessions(self, monkeypatch, built):
         """The sessions that were opened; a test may have ``change`` called with each."""
+        built("onnx")  # while there is no GPU yet, of which exporting would make use
         opened = []
         real = onnxruntime.InferenceSession
         opened_change = []
@@ -375,6 +376,16 @@ class TestOnnx:
         (record,) = log.records
         assert "cannot use the graph capture feature" in record.getMessage()
         assert [number for number, _ in sessions.opened[-1].runs] == [-1]
+
+    @pytest.mark.parametrize(("release", "has"), [("1.30.2", False), ("1.31.0", True), ("2.0.0", True), ("1.4", False)])
+    def test_older_releases_have_none_since_they_replay_wrongly(
+        self, built, sessions, late, monkeypatch, log, release, has
+    ):
+        monkeypatch.setattr(onnxruntime, "__version__", release)
+        backend = self.load(built, max_batch=MAX_BATCH)
+        assert_right(backend, 3, 5)
+        assert (CAPTURING.items() <= sessions.opened[0].options.items()) == has
+        assert ("install 1.31 or newer" in log.text) == (not has)
 
 
 class TestOnnxRecorder:

@@ -26,6 +26,14 @@ class TestTorchDevice:
             for own, value in zip(products, before, strict=True):
                 own.allow_tf32 = value
 
+    def test_attention_on_a_gpu_is_not_left_to_cudnn(self, products, monkeypatch):
+        said = []
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+        torch_device("cpu")
+        assert said == []
+        torch_device("cuda")
+        assert said == [False]
+
     def test_fp32_is_computed_as_such_on_a_gpu(self, products):
         for own in products:
             own.allow_tf32 = True
