@@ -470,6 +470,9 @@ class TestLoadAndReplay:
         monkeypatch.setattr("handlers.model.build_backend", build)
         ServedModel.load(extracted, threads=1, max_batch=5, gpu=3)
         assert given == {"threads": 1, "gpu": 3, "gpu_memory_bytes": None, "max_batch": 5}
+        # CUDA graphs are captured up to the largest batch; 0 is none.
+        ServedModel.load(extracted, threads=1, max_batch=5, gpu=3, cuda_graphs=False)
+        assert given["max_batch"] == 0
 
     def test_weights_that_the_gpu_does_not_hold_are_told_with_a_figure(self, extracted, monkeypatch):
         def fail(*arguments, **options):
