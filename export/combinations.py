@@ -16,6 +16,8 @@ METHODS = (TRACE, SCRIPT)
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _X86 = ("x86_64", "AMD64")
+# torchao 0.18 does not load without it.
+_ASKED_BY_TORCHAO = "ScalingType"
 
 # Precisions by device and format, as measured on the CPU; those of the CUDA side follow what its kernels exist for.
 _OFFERED = {
@@ -142,6 +144,11 @@ def _no_quantiser(combination: Combination) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return (
             "int8 pt2 is quantised by torchao, which is not installed here; run `pip install 'torchport[pt2e]'`, or "
+            "use --format torchscript or --format onnx for int8"
+        )
+    if not hasattr(torch.nn.functional, _ASKED_BY_TORCHAO):
+        return (
+            f"int8 pt2 is quantised by torchao, which needs a newer torch than {torch.__version__}; install one, or "
             "use --format torchscript or --format onnx for int8"
         )
     return None

@@ -61,7 +61,19 @@ def export_program(module: NamedModule, signature: Signature, example: Sequence[
 
 def _export(module: NamedModule, example: Sequence[torch.Tensor], shapes: Sequence[Any]) -> ExportedProgram:
     # One entry for the one parameter of NamedModule.forward: *tensors.
-    return torch.export.export(module, tuple(example), dynamic_shapes=(tuple(shapes),), strict=False)
+    exported = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(shapes),), strict=False)
+    # Until 2.10 torch does not find the inputs of such a parameter in what the program checks of them, and cannot make
+    # a module of it again. The bounds of the axes are checked elsewhere.
+    guards = getattr(exported, "_guards_code", None)
+    if guards is not None and _release() < (2, 11):
+        guards.clear()
+    return exported
+
+
+def _release() -> tuple[int, int]:
+    """Of torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _named(signature: Signature) -> list[dict[int, Any]]:

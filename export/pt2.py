@@ -77,18 +77,20 @@ def write_pt2(
             package = torch._inductor.aoti_compile_and_package(
                 program.exported,
                 package_path=str(folder / "model.pt2"),
-                inductor_configs={
-                    # Without a name of its own it is called after a hash, of the folder's name among other things.
-                    "aot_inductor.model_name_for_generated_files": "model",
-                    # Compiled for later programs, and larger than most models.
-                    "aot_inductor.precompile_headers": False,
-                    "aot_inductor.enable_line_tables": False,
-                    # Refuses a batch of one: symbols of torch.export are "at least 2" by convention only.
-                    "aot_inductor.check_lowerbound": False,
-                    "cpp.cxx": (str(_forgetful(compiler, folder)),),
-                    # Weights become constants. Without it int8 is computed in fp32, without a word.
-                    **({"freezing": True} if int8 else {}),
-                },
+                inductor_configs=_known(
+                    {
+                        # Without a name of its own it is called after a hash, of the folder's name among other things.
+                        "aot_inductor.model_name_for_generated_files": "model",
+                        # Compiled for later programs, and larger than most models.
+                        "aot_inductor.precompile_headers": False,
+                        "aot_inductor.enable_line_tables": False,
+                        # Refuses a batch of one: symbols of torch.export are "at least 2" by convention only.
+                        "aot_inductor.check_lowerbound": False,
+                        "cpp.cxx": (str(_forgetful(compiler, folder)),),
+                        # Weights become constants. Without it int8 is computed in fp32, without a word.
+                        **({"freezing": True} if int8 else {}),
+                    }
+                ),
             )
         sources: list[bytes] = []
         content = rewritten(package, lambda name, data: _without_source(name, data, sources))
@@ -101,6 +103,12 @@ def write_pt2(
     requires = {"torch": str(torch.__version__), "isa": cpu_isa()}
     capability = cuda_capability() if device == "cuda" else None
     return {**requires, "compute_capability": capability} if capability else requires
+
+
+def _known(options: dict[str, object]) -> dict[str, object]:
+    """Those of the compiler's options that this torch has: older ones neither check nor write what others turn off."""
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _attention_for_any_length(device: str) -> contextlib.AbstractContextManager[object]:

@@ -1,7 +1,6 @@
 """A tiny module with two inputs, two outputs and a dynamic length, and an artifact of it in every format."""
 
 import contextlib
-import io
 import shutil
 import warnings
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from export import onnx_graph, pt2
 from handlers.artifact import Artifact, ModuleSource
 from handlers.backend import build_backend
 from handlers.calling import NamedModule
@@ -79,38 +79,18 @@ def tensors(batch=2, length=5):
     return tuple(torch.from_numpy(array) for array in arrays(batch, length).values())
 
 
-def dynamic_axes():
-    axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", max=16)}
-    return ((axes, axes),)
-
-
 def write_torchscript(named, path):
     torch.jit.trace(named, tensors()).save(str(path))
 
 
 def write_onnx(named, path):
-    inputs, outputs = NAMES
-    program = torch.onnx.export(
-        named,
-        tensors(),
-        dynamo=True,
-        verbose=False,
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_shapes=dynamic_axes(),
-    )
-    buffer = io.BytesIO()
-    program.save(buffer)
-    path.write_bytes(buffer.getvalue())
+    onnx_graph.write_onnx(named, SIGNATURE, tensors(), path, fuse=False)
 
 
 def write_pt2(named, path):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("there is no C++ compiler")
-    program = torch.export.export(named, tensors(), dynamic_shapes=dynamic_axes())
-    # Without the option the package refuses a batch of one.
-    options = {"aot_inductor.check_lowerbound": False}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    pt2.write_pt2(named, SIGNATURE, tensors(), path, device="cpu")
 
 
 def write_eager(named, path):

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from export import combinations
 from export.combinations import METHODS, Combination, allowed, refusal
@@ -77,7 +78,11 @@ def test_onnx_on_cuda_needs_the_provider(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Combination(format="pt2", precision="int8")
+    monkeypatch.setattr(torch.nn.functional, "ScalingType", object, raising=False)
     assert refusal(asked) is None
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.nn.functional, "ScalingType")
+        assert f"which needs a newer torch than {torch.__version__}; install one, or use" in str(refusal(asked))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "torchao, which is not installed here; run `pip install 'torchport[pt2e]'`" in str(refusal(asked))
     assert refusal(Combination(format="pt2", precision="bf16")) is None
