@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from gpu_points import IN_FLIGHT, LARGEST, PRECISION, Bench, Limit, measure_limit
+from gpu_points import LARGEST, PRECISION, Bench, Limit, measure_limit
 from gpu_subjects import Subject
 from serving_client import http_message
 from serving_load import Load, closed_loop, open_loop
@@ -47,6 +47,8 @@ _SEED = 62
 # Alternating, so that all servers see the same machine.
 ROUNDS = 2
 _CLOSED_S, _WARM_UP_S, _TINY_S = 3.0, 2.0, 0.5
+# Requests in flight: as many as every worker can hold its share of while others are on their way.
+IN_FLIGHT, _TINY_IN_FLIGHT = 1024, 16
 # Clients: one alone would measure itself above some 15,000 requests a second.
 CLIENTS = 4
 # Shares of what the model does in process, from the highest.
@@ -107,7 +109,11 @@ def measure_served(bench: Bench, name: str) -> Document | str:
             [share * limit.in_process_per_s for share in RATES if share * limit.in_process_per_s < served[best]],
             lambda rate: _open_loop(bench, targets[best], rate=rate, slo_ms=subject.slo_ms),
         )
-    return summary(subject, limit, rounds=rounds, best=best, tried=tried)
+    return {"in_flight": _in_flight(bench), **summary(subject, limit, rounds=rounds, best=best, tried=tried)}
+
+
+def _in_flight(bench: Bench) -> int:
+    return _TINY_IN_FLIGHT if bench.tiny else IN_FLIGHT
 
 
 def summary(
@@ -272,7 +278,7 @@ def pack_archive(bench: Bench, subject: Subject, format: str, precision: str) ->
 def _closed_loops(bench: Bench, targets: Mapping[str, Target]) -> dict[str, Load]:
     """What each server does in a closed loop, one after the other."""
     seconds, warm_up_s = (_TINY_S, _TINY_S) if bench.tiny else (_CLOSED_S, _WARM_UP_S)
-    in_flight = (16 if bench.tiny else IN_FLIGHT) // CLIENTS
+    in_flight = _in_flight(bench) // CLIENTS
     found = {}
     with _clients() as pool:
         for label, target in targets.items():

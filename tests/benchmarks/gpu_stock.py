@@ -83,7 +83,9 @@ def stock_serving(modules: Mapping[str, Path], *, device: str) -> Iterator[Stock
             f"grpc_management_port={ports.grpc_management}\n"
             # It would ask for GPU packages that it does not install.
             "disable_system_metrics=true\n"
-            "default_workers_per_model=1\n",
+            "default_workers_per_model=1\n"
+            # By default it refuses more than a hundred that wait.
+            "job_queue_size=2000\n",
             encoding="utf-8",
         )
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs", "--disable-token-auth"]
