@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.errors import ConversionError
 from export.program import export_program
+from export.torch_release import IS_BEFORE_2_11
 from export.torchscript import rewritten
 from handlers.calling import NamedModule
 from handlers.isa import cpu_isa, cuda_capability
@@ -133,7 +134,8 @@ def _without_source(name: str, data: bytes, sources: list[bytes]) -> bytes | Non
     if not name.endswith(".cpp"):
         return data
     sources.append(data)
-    return None
+    # Until 2.10 torch's loader finds the metadata by the name of the source.
+    return b"" if IS_BEFORE_2_11 else None
 
 
 def _find_compiler() -> str:

@@ -20,6 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU and the libraries for it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(combinations, "_has_cuda_provider", lambda: True)
+    monkeypatch.setattr(torch.nn.functional, "ScalingType", object, raising=False)
 
 
 def test_the_table_is_that_of_the_documentation() -> None:
