@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from export.torch_release import TORCH
 from handlers.artifact import DEVICES, FORMATS, PRECISIONS
 
 TRACE = "trace"
@@ -16,8 +17,8 @@ METHODS = (TRACE, SCRIPT)
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _X86 = ("x86_64", "AMD64")
-# torchao 0.18 does not load without it.
-_ASKED_BY_TORCHAO = "ScalingType"
+# Packages of earlier releases refuse batches of one; quantised ones have no int8 layers.
+_FIRST_WITH_PT2, _FIRST_WITH_INT8_PT2 = (2, 11), (2, 13)
 
 # Precisions by device and format, as measured on the CPU; those of the CUDA side follow what its kernels exist for.
 _OFFERED = {
@@ -79,6 +80,7 @@ def refusal(combination: Combination, *, method: str = TRACE) -> str | None:
         _unknown(combination, method)
         or _wrong_method(combination, method)
         or _not_offered(combination)
+        or _too_old(combination)
         or _no_quantiser(combination)
         or (_no_cuda(combination) if combination.device == "cuda" else None)
     )
@@ -133,6 +135,17 @@ def _not_offered(combination: Combination) -> str | None:
     )
 
 
+def _too_old(combination: Combination) -> str | None:
+    first = _FIRST_WITH_INT8_PT2 if combination.precision == "int8" else _FIRST_WITH_PT2
+    if combination.format != "pt2" or first <= TORCH:
+        return None
+    what, instead = ("int8 pt2", " for int8") if combination.precision == "int8" else ("pt2", " or --format eager")
+    return (
+        f"{what} needs torch {first[0]}.{first[1]} or newer, and this is {torch.__version__}; "
+        f"use --format torchscript or --format onnx{instead}"
+    )
+
+
 def _no_quantiser(combination: Combination) -> str | None:
     if (combination.format, combination.precision) != ("pt2", "int8"):
         return None
@@ -144,11 +157,6 @@ def _no_quantiser(combination: Combination) -> str | None:
     if importlib.util.find_spec("torchao") is None:
         return (
             "int8 pt2 is quantised by torchao, which is not installed here; run `pip install 'torchport[pt2e]'`, or "
-            "use --format torchscript or --format onnx for int8"
-        )
-    if not hasattr(torch.nn.functional, _ASKED_BY_TORCHAO):
-        return (
-            f"int8 pt2 is quantised by torchao, which needs a newer torch than {torch.__version__}; install one, or "
             "use --format torchscript or --format onnx for int8"
         )
     return None

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from export.compiler import first_line
 from export.errors import ConversionError
-from export.torch_release import IS_BEFORE_2_11
+from export.torch_release import TORCH
 from handlers.calling import NamedModule
 from handlers.signature import Signature
 from handlers.tensors import BATCH_AXIS
@@ -66,7 +66,7 @@ def _export(module: NamedModule, example: Sequence[torch.Tensor], shapes: Sequen
     # Until 2.10 torch does not find the inputs of such a parameter in what the program checks of them, and cannot make
     # a module of it again. The bounds of the axes are checked elsewhere.
     guards = getattr(exported, "_guards_code", None)
-    if guards is not None and IS_BEFORE_2_11:
+    if guards is not None and TORCH < (2, 11):
         guards.clear()
     return exported
 

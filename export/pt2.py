@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.errors import ConversionError
 from export.program import export_program
-from export.torch_release import IS_BEFORE_2_11
+from export.torch_release import TORCH
 from export.torchscript import rewritten
 from handlers.calling import NamedModule
 from handlers.isa import cpu_isa, cuda_capability
@@ -134,8 +134,8 @@ def _without_source(name: str, data: bytes, sources: list[bytes]) -> bytes | Non
     if not name.endswith(".cpp"):
         return data
     sources.append(data)
-    # Until 2.10 torch's loader finds the metadata by the name of the source.
-    return b"" if IS_BEFORE_2_11 else None
+    # The loader of earlier releases finds the metadata by the name of the source.
+    return b"" if TORCH < (2, 13) else None
 
 
 def _find_compiler() -> str:

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import torch
 
-MAJOR, MINOR = (int(word) for word in torch.__version__.split(".")[:2])
-IS_BEFORE_2_11 = (MAJOR, MINOR) < (2, 11)
+TORCH = tuple(int(word) for word in torch.__version__.split(".")[:2])
+"""Major and minor number, to be compared with such as ``(2, 11)``."""

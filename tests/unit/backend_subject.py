@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from export import onnx_graph, pt2
+from export.combinations import Combination, refusal
 from handlers.artifact import Artifact, ModuleSource
 from handlers.backend import build_backend
 from handlers.calling import NamedModule
@@ -90,6 +91,8 @@ def write_onnx(named, path):
 def write_pt2(named, path):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("there is no C++ compiler")
+    if (reason := refusal(Combination(format="pt2", precision="fp32"))) is not None:
+        pytest.skip(reason)
     pt2.write_pt2(named, SIGNATURE, tensors(), path, device="cpu")
 
 

@@ -20,7 +20,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU and the libraries for it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(combinations, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(torch.nn.functional, "ScalingType", object, raising=False)
+    monkeypatch.setattr(combinations, "TORCH", (2, 13))
 
 
 def test_the_table_is_that_of_the_documentation() -> None:
@@ -77,13 +77,27 @@ def test_onnx_on_cuda_needs_the_provider(monkeypatch: pytest.MonkeyPatch) -> Non
     assert refusal(Combination(format="pt2", precision="fp32", device="cuda")) is None
 
 
+@pytest.mark.parametrize(
+    ("release", "refused"),
+    [((2, 9), ["fp32", "bf16", "int8"]), ((2, 11), ["int8"]), ((2, 12), ["int8"]), ((2, 13), []), ((3, 0), [])],
+)
+def test_pt2_is_for_releases_of_torch_that_can_do_it(
+    monkeypatch: pytest.MonkeyPatch, release: tuple[int, int], refused: list[str]
+) -> None:
+    monkeypatch.setattr(combinations, "TORCH", release)
+    asked = {
+        precision: refusal(Combination(format="pt2", precision=precision)) for precision in ("fp32", "bf16", "int8")
+    }
+    assert [precision for precision, sentence in asked.items() if sentence is not None] == refused
+    for sentence in filter(None, asked.values()):
+        assert f" or newer, and this is {torch.__version__}; use --format torchscript or --format onnx" in sentence
+    assert refusal(Combination(format="onnx", precision="int8")) is None
+
+
 def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Combination(format="pt2", precision="int8")
-    monkeypatch.setattr(torch.nn.functional, "ScalingType", object, raising=False)
+    monkeypatch.setattr(combinations, "TORCH", (2, 13))
     assert refusal(asked) is None
-    with monkeypatch.context() as patch:
-        patch.delattr(torch.nn.functional, "ScalingType")
-        assert f"which needs a newer torch than {torch.__version__}; install one, or use" in str(refusal(asked))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "torchao, which is not installed here; run `pip install 'torchport[pt2e]'`" in str(refusal(asked))
     assert refusal(Combination(format="pt2", precision="bf16")) is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.combinations import Combination
+from export.combinations import Combination, refusal
 from export.convert import convert
 from export.errors import ConversionError
 from export.inputs import random_batch
@@ -31,6 +31,10 @@ SIGNATURE = Signature.from_document(
         ],
     }
 )
+
+# Of a torch that is too old, which the tests of combinations see to.
+FP32 = Combination(format="pt2", precision="fp32")
+pytestmark = pytest.mark.skipif(refusal(FP32) is not None, reason=str(refusal(FP32)))
 
 
 class Pooled(nn.Module):

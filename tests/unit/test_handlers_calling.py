@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.torch_release import IS_BEFORE_2_11
+from export.torch_release import TORCH
 from handlers.calling import NamedModule
 from handlers.errors import BackendError
 
@@ -133,7 +133,7 @@ class Tokens(nn.Module):
 
 
 needs_2_11 = pytest.mark.skipif(
-    IS_BEFORE_2_11, reason="torch before 2.11 makes no module of what it exported; export/program.py sees to that"
+    TORCH < (2, 11), reason="torch before 2.11 makes no module of what it exported; export/program.py sees to that"
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.torch_release import IS_BEFORE_2_11
+from export.torch_release import TORCH
 from models.bag_of_tokens import BagOfTokens
 from models.errors import ModelConfigError
 from models.text_encoder import TextClassifier, build_text_classifier
@@ -139,7 +139,7 @@ def test_every_way_out_of_eager_mode_answers_alike(convert: str) -> None:
     elif convert == "export":
         run = torch.export.export(model, example, dynamic_shapes=(DYNAMIC, DYNAMIC)).module()
     else:
-        if IS_BEFORE_2_11:
+        if TORCH < (2, 11):
             pytest.skip("torch before 2.11 wants lengths of two and more here; export/program.py asks otherwise")
         onnxruntime = pytest.importorskip("onnxruntime")
         file = io.BytesIO()

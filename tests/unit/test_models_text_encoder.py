@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.torch_release import IS_BEFORE_2_11
+from export.torch_release import TORCH
 from models.attention import MultiHeadAttention
 from models.blocks import EncoderLayer
 from models.errors import DeviceMismatchError, ModelConfigError, ShapeError
@@ -479,7 +479,7 @@ def test_an_exported_program_answers_like_eager(model: TextClassifier, masked: b
 # The exporter remarks that ids and mask share their axes, which is what is meant.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:# The axis name")
 @pytest.mark.skipif(
-    IS_BEFORE_2_11, reason="torch before 2.11 wants lengths of two and more here; export/program.py asks otherwise"
+    TORCH < (2, 11), reason="torch before 2.11 wants lengths of two and more here; export/program.py asks otherwise"
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_onnx_answers_like_eager(model: TextClassifier, masked: bool) -> None:
