@@ -106,6 +106,7 @@ def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_int8_pt2_is_made_for_x86_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(combinations, "TORCH", (2, 13))
     sentence = str(refusal(Combination(format="pt2", precision="int8")))
     assert "kernels for x86 processors, and this machine's is aarch64; use --format torchscript" in sentence
     assert refusal(Combination(format="torchscript", precision="int8")) is None

@@ -12,6 +12,7 @@ from torch import nn
 
 from export.combinations import Combination
 from export.convert import convert
+from export.torch_release import TORCH
 from handlers.artifact import ModuleSource
 from handlers.backend import build_backend
 from handlers.compiled_container import CompiledContainer
@@ -238,6 +239,8 @@ class TestPt2:
         ids=["index too high", "too low", "dtype", "other dtype", "shape", "too long"],
     )
     def test_what_the_code_cannot_take_raises_and_the_process_lives(self, built, wrong, capfd):
+        if TORCH < (2, 13) and "weights" in wrong and len(wrong["weights"]) == 1:
+            pytest.skip("before 2.13 a package takes a batch of one for one of any size, as operators do")
         backend = load(built("pt2"), "pt2")
         with pytest.raises(RuntimeError):
             backend.run({**arrays(), **wrong})
