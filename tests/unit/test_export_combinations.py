@@ -15,12 +15,17 @@ EVERYTHING = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _new_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with which everything can be done."""
+    monkeypatch.setattr(combinations, "TORCH", (2, 13))
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU and the libraries for it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(combinations, "_has_cuda_provider", lambda: True)
-    monkeypatch.setattr(combinations, "TORCH", (2, 13))
 
 
 def test_the_table_is_that_of_the_documentation() -> None:
@@ -96,7 +101,6 @@ def test_pt2_is_for_releases_of_torch_that_can_do_it(
 
 def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Combination(format="pt2", precision="int8")
-    monkeypatch.setattr(combinations, "TORCH", (2, 13))
     assert refusal(asked) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "torchao, which is not installed here; run `pip install 'torchport[pt2e]'`" in str(refusal(asked))
@@ -106,7 +110,6 @@ def test_int8_pt2_needs_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_int8_pt2_is_made_for_x86_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    monkeypatch.setattr(combinations, "TORCH", (2, 13))
     sentence = str(refusal(Combination(format="pt2", precision="int8")))
     assert "kernels for x86 processors, and this machine's is aarch64; use --format torchscript" in sentence
     assert refusal(Combination(format="torchscript", precision="int8")) is None
