@@ -63,7 +63,7 @@ def export_program(module: NamedModule, signature: Signature, example: Sequence[
 def _export(module: NamedModule, example: Sequence[torch.Tensor], shapes: Sequence[Any]) -> ExportedProgram:
     # One entry for the one parameter of NamedModule.forward: *tensors.
     exported = torch.export.export(module, tuple(example), dynamic_shapes=(tuple(shapes),), strict=False)
-    # Until 2.10 torch does not find the inputs of such a parameter in what the program checks of them, and cannot make
+    # torch 2.9 does not find the inputs of such a parameter in what the program checks of them, and cannot make
     # a module of it again. The bounds of the axes are checked elsewhere.
     guards = getattr(exported, "_guards_code", None)
     if guards is not None and TORCH < (2, 11):

@@ -28,7 +28,7 @@ def cpu_isa() -> str:
 
     Words of different releases of torch differ; whoever compares them compares the releases first.
     """
-    if not hasattr(torch.cpu, "get_capabilities"):  # before 2.11
+    if not hasattr(torch.cpu, "get_capabilities"):  # as in 2.9
         return " ".join([platform.machine(), *_sets_of_linux()])
     capabilities = torch.cpu.get_capabilities()
     sets = sorted(name for name, value in capabilities.items() if value is True and name not in _NEVER_CHOSEN)
